@@ -1,0 +1,186 @@
+"""The oracle: where all responses can be listed, every expectation is a finite sum, computed here to the last digit.
+
+This module imports torch only and shares no code with what it checks. Everywhere P is the number of prompts and N
+the number of responses, listed once for all prompts; log-probabilities are of whole responses, in nats.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+
+def _same_shape(**tensors: Tensor) -> None:
+    if len({x.shape for x in tensors.values()}) > 1:
+        got = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+        raise ValueError(f"shapes differ: got {got}; expected (P, N) for all of them")
+
+
+def _positive_beta(beta: float) -> None:
+    if not 0.0 < beta < float("inf"):
+        raise ValueError(f"beta: got {beta}, expected a positive number (at beta = 0 the optimum is not unique)")
+
+
+def enumerate_responses(vocab_size: int, max_length: int, eos_id: int | None = None) -> tuple[Tensor, Tensor]:
+    """List every response, in lexicographic order.
+
+    A response ends at its first ``eos_id``, which counts; responses of ``max_length`` tokens that never end are listed
+    too. Without ``eos_id`` these are the V^T sequences of exactly ``max_length`` tokens.
+
+    Args:
+        vocab_size: V, at least 1.
+        max_length: T, at least 1.
+        eos_id: the token that ends a response, in [0, V), or None.
+
+    Returns:
+        (tokens, response_mask): (N, T) integers, padded with ``eos_id`` (or 0), and (N, T) bool, True on the response.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    if vocab_size < 1 or max_length < 1:
+        raise ValueError(f"vocab_size, max_length: got {vocab_size}, {max_length}, expected at least 1 each")
+    if eos_id is not None and not 0 <= eos_id < vocab_size:
+        raise ValueError(f"eos_id: got {eos_id}, expected None or a token in [0, {vocab_size - 1}]")
+    rows, masks = [], []
+    for sequence in itertools.product(range(vocab_size), repeat=max_length):
+        length = sequence.index(eos_id) + 1 if eos_id is not None and eos_id in sequence else max_length
+        if any(token != eos_id for token in sequence[length:]):
+            continue  # the same response with other padding
+        rows.append(sequence)
+        masks.append([t < length for t in range(max_length)])
+    return torch.tensor(rows), torch.tensor(masks)
+
+
+def kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """KL(pi || ref) of every prompt: sum_y pi(y) (log pi(y) - log ref(y)), with 0 log 0 = 0.
+
+    Args:
+        logprobs: of all N responses under pi, (P, N), nats.
+        ref_logprobs: under the reference, (P, N), nats.
+
+    Returns:
+        (P,), nats; inf where pi gives weight to a response that the reference lacks.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    _same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    possible = logprobs > -torch.inf
+    log_ratio = torch.where(possible, logprobs - ref_logprobs, torch.zeros_like(logprobs))
+    terms = torch.where(log_ratio == torch.inf, log_ratio, logprobs.exp() * log_ratio)
+    return terms.sum(-1)
+
+
+def objective(logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, beta: float) -> Tensor:
+    """J of every prompt: E_pi[score] - beta KL(pi || ref). Differentiable in ``logprobs``.
+
+    Args:
+        logprobs: of all N responses under pi, (P, N), nats.
+        ref_logprobs: under the reference, (P, N), nats.
+        scores: of all N responses, (P, N), reward units.
+        beta: reward units per nat, not negative; 0 gives the expected score alone.
+
+    Returns:
+        (P,), reward units.
+
+    Raises:
+        ValueError: if the shapes differ, or ``beta`` is negative.
+    """
+    _same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, scores=scores)
+    if not beta >= 0.0:
+        raise ValueError(f"beta: got {beta}, expected a number in [0, inf)")
+    expected_score = (logprobs.exp() * scores).sum(-1)
+    return expected_score - beta * kl(logprobs, ref_logprobs) if beta else expected_score
+
+
+def optimal_logprobs(ref_logprobs: Tensor, scores: Tensor, beta: float) -> Tensor:
+    """The policy that maximises J: log pi*(y) = log ref(y) + score(y)/beta - log Z, Z = sum_y ref(y) exp(score(y)/beta).
+
+    Args:
+        ref_logprobs: of all N responses under the reference, (P, N), nats.
+        scores: (P, N), reward units.
+        beta: reward units per nat, positive.
+
+    Returns:
+        (P, N), nats, normalised per prompt.
+
+    Raises:
+        ValueError: if the shapes differ, or ``beta`` is not positive.
+    """
+    _same_shape(ref_logprobs=ref_logprobs, scores=scores)
+    _positive_beta(beta)
+    return (ref_logprobs + scores / beta).log_softmax(-1)
+
+
+def optimal_value(ref_logprobs: Tensor, scores: Tensor, beta: float) -> Tensor:
+    """The largest J: beta log Z, Z = sum_y ref(y) exp(score(y)/beta).
+
+    Args:
+        ref_logprobs: of all N responses under the reference, (P, N), nats.
+        scores: (P, N), reward units.
+        beta: reward units per nat, positive.
+
+    Returns:
+        (P,), reward units.
+
+    Raises:
+        ValueError: if the shapes differ, or ``beta`` is not positive.
+    """
+    _same_shape(ref_logprobs=ref_logprobs, scores=scores)
+    _positive_beta(beta)
+    return beta * (ref_logprobs + scores / beta).logsumexp(-1)
+
+
+def best_of_n(ref_logprobs: Tensor, scores: Tensor, n: int) -> Tensor:
+    """Distribution of the best of n independent draws from the reference.
+
+    Tied responses share the win in proportion to ref: P(y) = (F^n - G^n) ref(y) / (F - G), with F = P(score <= s(y))
+    and G = P(score < s(y)).
+
+    Args:
+        ref_logprobs: of all N responses under the reference, (P, N), nats.
+        scores: (P, N), reward units.
+        n: number of draws, at least 1.
+
+    Returns:
+        (P, N), log-probabilities, nats; -inf where ref is 0.
+
+    Raises:
+        ValueError: if the shapes differ, or ``n`` is less than 1.
+    """
+    _same_shape(ref_logprobs=ref_logprobs, scores=scores)
+    if n < 1:
+        raise ValueError(f"n: got {n}, expected at least one draw")
+    ref = ref_logprobs.exp()
+    at_most = (ref.unsqueeze(-2) * (scores.unsqueeze(-2) <= scores.unsqueeze(-1))).sum(-1)  # F
+    below = (ref.unsqueeze(-2) * (scores.unsqueeze(-2) < scores.unsqueeze(-1))).sum(-1)  # G
+    tied = (ref.unsqueeze(-2) * (scores.unsqueeze(-2) == scores.unsqueeze(-1))).sum(-1)  # F - G, without cancellation
+    # (F^n - G^n)/(F - G) = sum_k F^(n-1-k) G^k: no cancellation, and right where F = G
+    powers = sum(at_most ** (n - 1 - k) * below**k for k in range(n))
+    return torch.where(tied > 0, ref_logprobs + torch.log(torch.as_tensor(powers)), ref_logprobs)
+
+
+def estimator_moments(logprobs: Tensor, estimates: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and total variance of a single-sample estimator whose sample is one response.
+
+    mean = sum_y pi(y) g(y); variance = sum_y pi(y) |g(y) - mean|^2, the trace of the covariance.
+
+    Args:
+        logprobs: of all N responses under the sampling policy, (N,), nats.
+        estimates: g(y) of every response, (N, D).
+
+    Returns:
+        (mean (D,), variance ()), in units of the estimate and its square.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    if logprobs.ndim != 1 or estimates.ndim != 2 or len(logprobs) != len(estimates):
+        got = f"{tuple(logprobs.shape)}, {tuple(estimates.shape)}"
+        raise ValueError(f"logprobs, estimates: got shapes {got}, expected (N,), (N, D)")
+    weights = logprobs.exp().unsqueeze(1)
+    mean = (weights * estimates).sum(0)
+    return mean, (weights * (estimates - mean).square()).sum()

@@ -1,0 +1,99 @@
+"""From logits to log-probabilities of tokens, of whole responses, and to entropy. All in nats.
+
+The shift by one of next-token prediction (the logits at position t predict token t + 1) is done in
+:func:`next_token_logprobs` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhfkit.masked import masked_sum
+from rlhfkit.validation import require_float, require_ndim
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of each token under the logits at its own position: log softmax(logits)[token].
+
+    Args:
+        logits: (B, T, V); ``logits[:, t]`` is the distribution that ``tokens[:, t]`` was drawn from (aligned).
+        tokens: (B, T), integers in [0, V).
+
+    Returns:
+        (B, T), nats.
+
+    Raises:
+        ValueError: if the shapes do not fit, ``tokens`` are not integers, or a token lies outside [0, V).
+    """
+    require_ndim("logits", logits, "(B, T, V)")
+    require_float(logits=logits)
+    if tokens.shape != logits.shape[:2]:
+        raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected {tuple(logits.shape[:2])} as in logits")
+    if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise ValueError(f"tokens: got dtype {tokens.dtype}, expected integers")
+    vocab_size = logits.shape[-1]
+    if tokens.numel() and (tokens.min() < 0 or tokens.max() >= vocab_size):
+        got = f"[{int(tokens.min())}, {int(tokens.max())}]"
+        raise ValueError(f"tokens: got values in {got}, expected them in [0, {vocab_size - 1}]; fill padding with a valid id")
+    # log_softmax, not logits - logsumexp: the latter loses all digits below 1e-3 at logits of 1e4 in float32
+    return logits.log_softmax(-1).gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
+
+
+def next_token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of every token but the first, each given the tokens before it.
+
+    log pi(tokens[:, t + 1] | tokens[:, :t + 1]) = log softmax(logits[:, t])[tokens[:, t + 1]].
+
+    Args:
+        logits: (B, L, V), a model's output on ``tokens``; ``logits[:, t]`` predicts ``tokens[:, t + 1]``.
+        tokens: (B, L), prompt and response.
+
+    Returns:
+        (B, L - 1), nats; entry t belongs to ``tokens[:, t + 1]``.
+
+    Raises:
+        ValueError: as :func:`token_logprobs`, or if there are fewer than two tokens.
+    """
+    require_ndim("tokens", tokens, "(B, L)")
+    require_ndim("logits", logits, "(B, L, V)")
+    if tokens.shape != logits.shape[:2] or tokens.shape[1] < 2:
+        raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected {tuple(logits.shape[:2])} with L >= 2")
+    return token_logprobs(logits[:, :-1], tokens[:, 1:])
+
+
+def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Log-probability of each response: the sum over its tokens, log pi(y | x) = sum_t log pi(y_t | x, y_<t).
+
+    Args:
+        logprobs: (B, T), nats.
+        mask: (B, T), bool, True on the response's tokens; the end-of-sequence token counts, padding does not.
+
+    Returns:
+        (B,), nats. A row without any True gives 0 (the empty product is 1).
+
+    Raises:
+        ValueError: if shapes or dtypes are wrong.
+    """
+    require_ndim("logprobs", logprobs, "(B, T)")
+    return masked_sum(logprobs, mask, dim=1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of each position's distribution: -sum_v p_v log p_v, p = softmax(logits), with 0 log 0 = 0.
+
+    Args:
+        logits: (B, T, V), or any shape with the vocabulary last; finite, or -inf for forbidden tokens.
+
+    Returns:
+        The shape without the last axis, nats, in [0, log V]. Value and gradient are finite for logits of
+        plus or minus 1e4 and for logits of -inf.
+
+    Raises:
+        ValueError: if ``logits`` is not floating point or has no axis.
+    """
+    require_float(logits=logits)
+    if logits.ndim == 0:
+        raise ValueError("logits: got a scalar, expected the vocabulary as last axis")
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)

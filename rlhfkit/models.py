@@ -1,0 +1,97 @@
+"""Policies: anything with ``logits(tokens)``, the distribution of the next token after every position.
+
+Here the tabular policy, which has one row of logits for every prompt and prefix, so that it can represent *every*
+distribution over responses, the optimal one included.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Policy(Protocol):
+    """What the sampler and the loops need of a policy."""
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Next-token logits after every position: tokens (B, L) -> (B, L, V)."""
+        ...
+
+    def parameters(self) -> object:
+        """What an optimiser takes."""
+        ...
+
+
+class TabularPolicy(nn.Module):
+    """One row of logits for every prompt and every prefix of a response.
+
+    The first token of a sequence is the number of the prompt; the response follows. The table has shape (P, M, V),
+    with M = 1 + V + ... + V^(T-1) prefixes in order of length, then lexicographically.
+
+    Args:
+        vocab_size: V, at least 2.
+        max_length: T, the longest response.
+        num_prompts: P.
+        table: initial logits, (P, M, V); zeros (the uniform policy) when not given. Copied.
+
+    Raises:
+        ValueError: if a size is too small, or ``table`` has another shape.
+    """
+
+    def __init__(self, vocab_size: int, max_length: int, num_prompts: int = 1, table: Tensor | None = None) -> None:
+        super().__init__()
+        if vocab_size < 2 or max_length < 1 or num_prompts < 1:
+            got = (vocab_size, max_length, num_prompts)
+            raise ValueError(f"vocab_size, max_length, num_prompts: got {got}, expected at least 2, 1, 1")
+        self.vocab_size, self.max_length, self.num_prompts = vocab_size, max_length, num_prompts
+        shape = (num_prompts, self.count_prefixes(vocab_size, max_length), vocab_size)
+        if table is None:
+            table = torch.zeros(shape, dtype=torch.float64)
+        if table.shape != shape:
+            raise ValueError(f"table: got shape {tuple(table.shape)}, expected {shape}")
+        self.table = nn.Parameter(table.detach().clone())
+
+    @staticmethod
+    def count_prefixes(vocab_size: int, max_length: int) -> int:
+        """Number of prefixes of fewer than T tokens: (V^T - 1) / (V - 1)."""
+        return (vocab_size**max_length - 1) // (vocab_size - 1)
+
+    def prefixes(self, tokens: Tensor) -> Tensor:
+        """Row of the table that each position reads: (B, L) -> (B, L), L <= T + 1; -1 after a full response."""
+        rows = torch.zeros_like(tokens)
+        number = torch.zeros_like(tokens[:, 0])  # the response so far, read as a number in base V
+        for t in range(1, tokens.shape[1]):
+            number = number * self.vocab_size + tokens[:, t]
+            full = t == self.max_length
+            rows[:, t] = -1 if full else number + self.count_prefixes(self.vocab_size, t)
+        return rows
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Next-token logits after every position.
+
+        Args:
+            tokens: (B, L), integers, 1 <= L <= T + 1; ``tokens[:, 0]`` numbers the prompt.
+
+        Returns:
+            (B, L, V); zeros after a response of T tokens, where nothing follows.
+
+        Raises:
+            ValueError: if the sequence is too long, or a prompt or token is out of range.
+        """
+        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= self.max_length + 1:
+            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected (B, L) with 1 <= L <= {self.max_length + 1}")
+        prompts, response = tokens[:, 0], tokens[:, 1:]
+        if tokens.numel() and (prompts.min() < 0 or prompts.max() >= self.num_prompts):
+            raise ValueError(f"tokens: first column has prompt {int(prompts.max())}, expected [0, {self.num_prompts - 1}]")
+        if response.numel() and (response.min() < 0 or response.max() >= self.vocab_size):
+            got = f"[{int(response.min())}, {int(response.max())}]"
+            raise ValueError(f"tokens: got response tokens in {got}, expected [0, {self.vocab_size - 1}]")
+        rows = self.prefixes(tokens)
+        logits = self.table[prompts.unsqueeze(1), rows.clamp(min=0)]
+        return torch.where((rows >= 0).unsqueeze(-1), logits, torch.zeros_like(logits))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The same as :meth:`logits`, (B, L) -> (B, L, V)."""
+        return self.logits(tokens)

@@ -1,0 +1,130 @@
+"""Tasks small enough to list every response, and the record of what was sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhfkit.exact import enumerate_responses
+from rlhfkit.models import TabularPolicy
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses sampled from a policy.
+
+    Attributes:
+        prompts: (B, L0), integers.
+        tokens: the responses, (B, T), integers; padding holds a valid id.
+        response_mask: (B, T), bool, True on the response, its end-of-sequence token included.
+        logprobs: of ``tokens`` under the policy that sampled them, (B, T), nats, 0 on padding; no gradient.
+    """
+
+    prompts: Tensor
+    tokens: Tensor
+    response_mask: Tensor
+    logprobs: Tensor
+
+
+@dataclass(frozen=True)
+class ExactTask:
+    """P prompts, the N responses each of them can have, and the score of every one.
+
+    Attributes:
+        vocab_size: V.
+        max_length: T.
+        eos_id: token that ends a response, or None for responses of exactly T tokens.
+        beta: weight of the KL divergence in the objective, reward units per nat.
+        tokens: all responses, (N, T), in the order of ``exact.enumerate_responses``.
+        response_mask: (N, T), bool.
+        scores: (P, N), reward units.
+        ref_table: logits of the reference policy, as :class:`~rlhfkit.models.TabularPolicy` takes them.
+    """
+
+    vocab_size: int
+    max_length: int
+    eos_id: int | None
+    beta: float
+    tokens: Tensor
+    response_mask: Tensor
+    scores: Tensor
+    ref_table: Tensor
+
+    def __post_init__(self) -> None:
+        if self.scores.ndim != 2 or self.scores.shape[1] != len(self.tokens):
+            raise ValueError(f"scores: got shape {tuple(self.scores.shape)}, expected (P, {len(self.tokens)})")
+
+    @property
+    def prompts(self) -> Tensor:
+        """All prompts, (P, 1): prompt p is the single token p."""
+        return torch.arange(len(self.scores), device=self.scores.device).unsqueeze(1)
+
+    def reference(self) -> TabularPolicy:
+        """A fresh reference policy, which is also where training starts; change it freely."""
+        return TabularPolicy(self.vocab_size, self.max_length, len(self.scores), self.ref_table)
+
+    def index(self, tokens: Tensor) -> Tensor:
+        """Where each response stands in the list: (B, T), padded as there -> (B,)."""
+        powers = self.vocab_size ** torch.arange(self.max_length - 1, -1, -1, device=tokens.device)
+        codes, listed = (tokens * powers).sum(1), (self.tokens * powers).sum(1)  # listed is increasing
+        found = torch.searchsorted(listed, codes).clamp(max=len(listed) - 1)
+        if not torch.equal(listed[found], codes):
+            raise ValueError("tokens: a row is not a response of this task; expected padding as in task.tokens")
+        return found
+
+    def score(self, rollout: Rollout) -> Tensor:
+        """Score of every sampled response, (B,), reward units."""
+        return self.scores[rollout.prompts[:, 0], self.index(rollout.tokens)]
+
+    def to(self, device: torch.device | str) -> ExactTask:
+        """The same task with its tensors on another device."""
+        fields = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.__dict__.items()}
+        return ExactTask(**fields)
+
+
+def random_task(
+    vocab_size: int = 6,
+    max_length: int = 5,
+    num_prompts: int = 4,
+    beta: float = 0.2,
+    eos_id: int | None = None,
+    noise: float = 0.3,
+    seed: int = 0,
+) -> ExactTask:
+    """The book's exact world: random scores with structure, and a random reference.
+
+    score(y) = noise * e(y) + sum_t w(t, y_t), e and w independent standard normals, then standardised per prompt (mean
+    0, variance 1 over the list of responses). The reference has standard-normal logits after every prefix.
+
+    Args:
+        vocab_size: V, at least 2.
+        max_length: T.
+        num_prompts: P.
+        beta: reward units per nat, positive.
+        eos_id: token that ends a response, or None.
+        noise: weight of the unstructured part, dimensionless, not negative.
+        seed: of the task; the same seed gives the same task on every machine.
+
+    Returns:
+        The task, in double precision on the CPU.
+
+    Raises:
+        ValueError: if a size is too small, or ``beta`` or ``noise`` is out of range.
+    """
+    if not beta > 0 or not noise >= 0:
+        raise ValueError(f"beta, noise: got {beta}, {noise}, expected beta > 0 and noise >= 0")
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    tokens, mask = enumerate_responses(vocab_size, max_length, eos_id)
+    scores = noise * normal(num_prompts, len(tokens))
+    by_position = normal(num_prompts, max_length, vocab_size)
+    for t in range(max_length):
+        scores = scores + torch.where(mask[:, t], by_position[:, t, tokens[:, t]], torch.zeros_like(scores))
+    scores = (scores - scores.mean(1, keepdim=True)) / scores.std(1, correction=0, keepdim=True)
+    ref_table = normal(num_prompts, TabularPolicy.count_prefixes(vocab_size, max_length), vocab_size)
+    return ExactTask(vocab_size, max_length, eos_id, beta, tokens, mask, scores, ref_table)
