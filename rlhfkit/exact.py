@@ -97,7 +97,9 @@ def objective(logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, beta: floa
 
 
 def optimal_logprobs(ref_logprobs: Tensor, scores: Tensor, beta: float) -> Tensor:
-    """The policy that maximises J: log pi*(y) = log ref(y) + score(y)/beta - log Z, Z = sum_y ref(y) exp(score(y)/beta).
+    """The policy that maximises J: log pi*(y) = log ref(y) + score(y)/beta - log Z.
+
+    Z = sum_y ref(y) exp(score(y)/beta), one number for each prompt.
 
     Args:
         ref_logprobs: of all N responses under the reference, (P, N), nats.

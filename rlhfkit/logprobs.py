@@ -35,7 +35,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     vocab_size = logits.shape[-1]
     if tokens.numel() and (tokens.min() < 0 or tokens.max() >= vocab_size):
         got = f"[{int(tokens.min())}, {int(tokens.max())}]"
-        raise ValueError(f"tokens: got values in {got}, expected them in [0, {vocab_size - 1}]; fill padding with a valid id")
+        raise ValueError(f"tokens: got values in {got}, expected [0, {vocab_size - 1}] (pad with a valid id)")
     # log_softmax, not logits - logsumexp: the latter loses all digits below 1e-3 at logits of 1e4 in float32
     return logits.log_softmax(-1).gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
 

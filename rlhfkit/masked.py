@@ -110,7 +110,7 @@ def aggregate(losses: Tensor, mask: Tensor, how: Aggregation) -> Tensor:
     """Average the losses of tokens in one of three ways that weigh long responses differently.
 
     - ``"token-mean"``: every token of the batch counts the same, so long responses weigh more.
-    - ``"sequence-mean"``: mean over sequences of the mean over their tokens, so a token of a short response weighs more.
+    - ``"sequence-mean"``: mean over sequences of the mean over their tokens; a token of a short response weighs more.
     - ``"sequence-sum"``: mean over sequences of the sum over their tokens; with ``reinforce_loss`` this one is the
       policy gradient, since the log-probability of a response is the sum over its tokens.
 

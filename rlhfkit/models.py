@@ -81,10 +81,12 @@ class TabularPolicy(nn.Module):
             ValueError: if the sequence is too long, or a prompt or token is out of range.
         """
         if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= self.max_length + 1:
-            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected (B, L) with 1 <= L <= {self.max_length + 1}")
+            expected = f"(B, L) with 1 <= L <= {self.max_length + 1}"
+            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected {expected}")
         prompts, response = tokens[:, 0], tokens[:, 1:]
         if tokens.numel() and (prompts.min() < 0 or prompts.max() >= self.num_prompts):
-            raise ValueError(f"tokens: first column has prompt {int(prompts.max())}, expected [0, {self.num_prompts - 1}]")
+            got = f"[{int(prompts.min())}, {int(prompts.max())}]"
+            raise ValueError(f"tokens: got prompts in {got} (first column), expected [0, {self.num_prompts - 1}]")
         if response.numel() and (response.min() < 0 or response.max() >= self.vocab_size):
             got = f"[{int(response.min())}, {int(response.max())}]"
             raise ValueError(f"tokens: got response tokens in {got}, expected [0, {self.vocab_size - 1}]")

@@ -43,8 +43,8 @@ def sample(
         sequences = torch.cat([sequences, tokens], dim=1)
         if eos_id is not None:
             alive = alive & (tokens.squeeze(1) != eos_id)
-    tokens, mask, logprobs = zip(*columns, strict=True)
-    return Rollout(prompts, torch.cat(tokens, 1), torch.stack(mask, 1), torch.stack(logprobs, 1))
+    all_tokens, mask, all_token_logprobs = zip(*columns, strict=True)
+    return Rollout(prompts, torch.cat(all_tokens, 1), torch.stack(mask, 1), torch.stack(all_token_logprobs, 1))
 
 
 def response_logprobs(policy: Policy, prompts: Tensor, tokens: Tensor) -> Tensor:

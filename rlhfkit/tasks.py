@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,8 +80,13 @@ class ExactTask:
 
     def to(self, device: torch.device | str) -> ExactTask:
         """The same task with its tensors on another device."""
-        fields = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.__dict__.items()}
-        return ExactTask(**fields)
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            response_mask=self.response_mask.to(device),
+            scores=self.scores.to(device),
+            ref_table=self.ref_table.to(device),
+        )
 
 
 def random_task(

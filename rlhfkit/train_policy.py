@@ -27,6 +27,11 @@ def require_finite(quantity: str, x: Tensor, step: int) -> None:
         raise FloatingPointError(f"step {step}: {quantity} contains {bad}; training stopped before the update")
 
 
+def gradient_of(policy: torch.nn.Module) -> Tensor:
+    """All gradients of a module in one vector, (D,)."""
+    return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+
+
 def train_reinforce(
     policy: TabularPolicy,
     task: ExactTask,
@@ -79,7 +84,7 @@ def train_reinforce(
         require_finite("loss", loss, step)
         optimizer.zero_grad()
         loss.backward()
-        require_finite("gradient", policy.table.grad, step)
+        require_finite("gradient", gradient_of(policy), step)
         optimizer.step()
         if on_step is not None:
             kl = (scores.mean() - rewards.sum(1).mean()) / task.beta
