@@ -152,6 +152,7 @@ def group_normalized_advantages(scores: Tensor, eps: float = 1e-4) -> Tensor:
     require_in("eps", eps, 0.0)
     if scores.shape[1] < 2:
         raise ValueError(f"scores: got shape {tuple(scores.shape)}, expected groups of at least two responses")
-    constant = scores.amax(1, keepdim=True) == scores.amin(1, keepdim=True)
+    highest = scores.amax(1, keepdim=True)
+    constant = (highest == scores.amin(1, keepdim=True)) & highest.isfinite()  # a group of inf is not hidden as 0
     spread = torch.where(constant, torch.ones_like(scores), scores.std(1, keepdim=True) + eps)
     return torch.where(constant, torch.zeros_like(scores), (scores - scores.mean(1, keepdim=True)) / spread)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import base64
 import html
 import inspect
+import io
 import math
 import os
 import random
@@ -14,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from IPython.display import Code, display
+from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 # Okabe and Ito's palette, told apart with every common colour blindness; darkened where white paper needs it
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072b2", "#d55e00", "#007a5a", "#a8123e", "#8a4b8f", "#6b6b6b"
@@ -66,7 +70,17 @@ def show(*, digits: int = 3, **named: Any) -> None:
         print(f"{name.replace('_', ' '):<{width}} = {rounded(value, digits)}")
 
 
-def show_source(obj: Callable[..., Any], doc: bool = False) -> Code:
+class Source:
+    """Source code that a notebook shows in its own colours."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return {"text/plain": self.text, "text/markdown": f"```python\n{self.text}\n```"}
+
+
+def show_source(obj: Callable[..., Any], doc: bool = False) -> Source:
     """The source of a function or class as the package runs it, so that page and package cannot differ.
 
     Args:
@@ -74,9 +88,11 @@ def show_source(obj: Callable[..., Any], doc: bool = False) -> Code:
         doc: whether to keep the docstring; the API page has it anyway.
     """
     source = textwrap.dedent(inspect.getsource(obj))
-    if not doc:
-        source = re.sub(r'\n\s*r?""".*?"""(?=\n)', "", source, count=1, flags=re.DOTALL)
-    return Code(source.rstrip(), language="python")
+    if not doc and obj.__doc__:
+        text = ast.parse(source).body[0].body[0]  # type: ignore[attr-defined]
+        lines = source.splitlines()
+        source = "\n".join(lines[: text.lineno - 1] + lines[text.end_lineno :])
+    return Source(source.rstrip())
 
 
 def claim(
@@ -115,10 +131,10 @@ def claim(
         raise ValueError(f"name: got {name!r}, expected lower-case letters, digits and hyphens")
     if [expected, at_least, at_most].count(None) != 2 or (expected is None) != (tol is None):
         raise ValueError(f"claim {name!r}: give expected and tol, or at_least, or at_most")
-    number = float(value)
+    number = float(value.detach() if isinstance(value, torch.Tensor) else value)
     if expected is not None and tol is not None:
         holds, quoted = abs(number - expected) <= tol, rounded(number, digits)
-        condition = f"{rounded(float(expected), digits)} to within {tol:.1g}"
+        condition = f"{rounded(float(expected), digits)} to within {tol:g}"
     elif at_least is not None:
         holds, quoted = number >= at_least, f"{at_least:g}"
         condition = "the lower bound"
@@ -141,8 +157,27 @@ def claim(
 def glue(name: str, text: str) -> None:
     """Store a text under a name for the page's prose (role ``glue:text``), in the format of MyST-NB."""
     prefix = "application/papermill.record/"
-    data = {prefix + "text/plain": text}
+    data = {prefix + "text/plain": repr(text)}  # quoted, or MyST-NB reads "0.50" as a number and prints 0.5
     display(data, raw=True, metadata={"scrapbook": {"name": name, "mime_prefix": prefix}})
+
+
+def encode_png(fig: Figure, dpi: int = 160, colors: int = 64) -> tuple[bytes, int]:
+    """The figure as a small PNG, the same bytes on every run, and its width in CSS pixels."""
+    raw = io.BytesIO()
+    fig.savefig(raw, format="png", dpi=dpi, metadata={"Software": None})
+    image = Image.open(raw).convert("RGB").quantize(colors, dither=Image.Dither.NONE)
+    out = io.BytesIO()
+    image.save(out, "PNG", optimize=True)
+    return out.getvalue(), round(image.width * 96 / dpi)
+
+
+class PageFigure(Figure):
+    """A figure without pyplot, shown as a sharp PNG when it is the value of a cell."""
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Any:
+        png, width = encode_png(self)
+        data = {"text/plain": repr(self), "image/png": base64.b64encode(png).decode()}
+        return data, {"image/png": {"width": width}}
 
 
 def new_figure(width: float = 6.4, height: float = 3.4, columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
@@ -151,7 +186,7 @@ def new_figure(width: float = 6.4, height: float = 3.4, columns: int = 1, rows: 
     Returns:
         The figure, without pyplot and so without a window, and its ``Axes``.
     """
-    fig = Figure(figsize=(width, height), layout="constrained")
+    fig = PageFigure(figsize=(width, height), layout="constrained")
     axes = fig.subplots(rows, columns)
     for ax in np.atleast_1d(axes).flat:
         tidy_axes(ax)

@@ -159,10 +159,9 @@ def best_of_n(ref_logprobs: Tensor, scores: Tensor, n: int) -> Tensor:
     ref = ref_logprobs.exp()
     at_most = (ref.unsqueeze(-2) * (scores.unsqueeze(-2) <= scores.unsqueeze(-1))).sum(-1)  # F
     below = (ref.unsqueeze(-2) * (scores.unsqueeze(-2) < scores.unsqueeze(-1))).sum(-1)  # G
-    tied = (ref.unsqueeze(-2) * (scores.unsqueeze(-2) == scores.unsqueeze(-1))).sum(-1)  # F - G, without cancellation
-    # (F^n - G^n)/(F - G) = sum_k F^(n-1-k) G^k: no cancellation, and right where F = G
-    powers = sum(at_most ** (n - 1 - k) * below**k for k in range(n))
-    return torch.where(tied > 0, ref_logprobs + torch.log(torch.as_tensor(powers)), ref_logprobs)
+    # (F^n - G^n)/(F - G) = sum_k F^(n-1-k) G^k: no cancellation, and right where F = G because ref rounds to 0
+    powers = sum((at_most ** (n - 1 - k) * below**k for k in range(n)), start=torch.zeros_like(ref))
+    return ref_logprobs + powers.log()
 
 
 def estimator_moments(logprobs: Tensor, estimates: Tensor) -> tuple[Tensor, Tensor]:

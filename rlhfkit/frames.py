@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ipywidgets as w
 from matplotlib.figure import Figure
-from PIL import Image
 
-
-def encode_png(fig: Figure, dpi: int = 160, colors: int = 48) -> tuple[bytes, int]:
-    """The figure as a small PNG, the same bytes on every run, and its width in CSS pixels."""
-    raw = io.BytesIO()
-    fig.savefig(raw, format="png", dpi=dpi, metadata={"Software": None})
-    image = Image.open(raw).convert("RGB").quantize(colors, dither=Image.Dither.NONE)
-    out = io.BytesIO()
-    image.save(out, "PNG", optimize=True)
-    return out.getvalue(), round(image.width * 96 / dpi)
+from rlhfkit.display import encode_png
 
 
 class Frames(w.VBox):

@@ -128,7 +128,7 @@ def kl_shaped_rewards(
     penalties = -kl_coef * kl_k1(logprobs, ref_logprobs).detach()
     rewards = torch.where(response_mask, penalties, torch.zeros_like(penalties))
     last = (response_mask * torch.arange(1, length + 1, device=logprobs.device)).argmax(1)
-    rewards[torch.arange(batch, device=logprobs.device), last] += scores.detach()
+    rewards[torch.arange(batch, device=logprobs.device), last] += scores.detach().to(rewards.dtype)
     return rewards
 
 
@@ -185,4 +185,7 @@ def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) -
     Raises:
         ValueError: if shapes or dtypes are wrong.
     """
-    return masked_sum(kl_k1(logprobs, ref_logprobs), response_mask, dim=1)
+    require_ndim("logprobs", logprobs, "(B, T)")
+    log_ratio = kl_k1(logprobs, ref_logprobs)
+    require_mask("response_mask", response_mask, log_ratio.shape)
+    return masked_sum(log_ratio, response_mask, dim=1)

@@ -76,6 +76,7 @@ def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
         ValueError: if shapes or dtypes are wrong.
     """
     require_ndim("logprobs", logprobs, "(B, T)")
+    require_float(logprobs=logprobs)
     return masked_sum(logprobs, mask, dim=1)
 
 

@@ -76,6 +76,7 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
     n = mask.sum()
     if n < 2:
         raise ValueError(f"mask: {int(n)} entries are True, expected at least two for a variance")
+    x = torch.where(mask, x, torch.zeros_like(x))  # before squaring, whose gradient at nan is nan even times 0
     return masked_sum((x - masked_mean(x, mask)).square(), mask) / (n - 1)
 
 
@@ -99,8 +100,11 @@ def whiten(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True) -> Te
     require_float(x=x)
     if mask is None:
         mask = torch.ones_like(x, dtype=torch.bool)
+    scale = torch.rsqrt(masked_var(x, mask) + 1e-8)
+    x = torch.where(mask, x, torch.zeros_like(x))
     mean = masked_mean(x, mask)
-    whitened = (x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
+    mean = mean + masked_mean(x - mean, mask)  # without its rounding, which scale would make 1e4 times as large
+    whitened = (x - mean) * scale
     if not shift_mean:
         whitened = whitened + mean
     return torch.where(mask, whitened, torch.zeros_like(x))
@@ -126,6 +130,7 @@ def aggregate(losses: Tensor, mask: Tensor, how: Aggregation) -> Tensor:
         ValueError: if ``how`` is unknown, shapes or dtypes are wrong, or the whole mask is False.
     """
     require_ndim("losses", losses, "(B, T)")
+    require_float(losses=losses)
     if how == "token-mean":
         return masked_mean(losses, mask)
     if how == "sequence-mean":

@@ -61,6 +61,9 @@ def response_logprobs(policy: Policy, prompts: Tensor, tokens: Tensor) -> Tensor
     Raises:
         ValueError: if the shapes do not fit.
     """
+    if prompts.ndim != 2 or tokens.ndim != 2 or len(prompts) != len(tokens):
+        got = f"{tuple(prompts.shape)}, {tuple(tokens.shape)}"
+        raise ValueError(f"prompts, tokens: got shapes {got}, expected (B, L0), (B, T)")
     sequences = torch.cat([prompts, tokens], dim=1)
     return next_token_logprobs(policy.logits(sequences), sequences)[:, prompts.shape[1] - 1 :]
 

@@ -58,7 +58,7 @@ class ExactTask:
 
     @property
     def prompts(self) -> Tensor:
-        """All prompts, (P, 1): prompt p is the single token p."""
+        """All prompts, (P, 1), prompt p being the single token p."""
         return torch.arange(len(self.scores), device=self.scores.device).unsqueeze(1)
 
     def reference(self) -> TabularPolicy:
@@ -67,10 +67,12 @@ class ExactTask:
 
     def index(self, tokens: Tensor) -> Tensor:
         """Where each response stands in the list: (B, T), padded as there -> (B,)."""
+        if tokens.ndim != 2 or tokens.shape[1] != self.max_length:
+            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected (B, {self.max_length})")
         powers = self.vocab_size ** torch.arange(self.max_length - 1, -1, -1, device=tokens.device)
         codes, listed = (tokens * powers).sum(1), (self.tokens * powers).sum(1)  # listed is increasing
         found = torch.searchsorted(listed, codes).clamp(max=len(listed) - 1)
-        if not torch.equal(listed[found], codes):
+        if not torch.equal(self.tokens[found], tokens):
             raise ValueError("tokens: a row is not a response of this task; expected padding as in task.tokens")
         return found
 
@@ -118,6 +120,9 @@ def random_task(
     Raises:
         ValueError: if a size is too small, or ``beta`` or ``noise`` is out of range.
     """
+    if vocab_size < 2 or max_length < 1 or num_prompts < 1:
+        got = (vocab_size, max_length, num_prompts)
+        raise ValueError(f"vocab_size, max_length, num_prompts: got {got}, expected at least 2, 1, 1")
     if not beta > 0 or not noise >= 0:
         raise ValueError(f"beta, noise: got {beta}, {noise}, expected beta > 0 and noise >= 0")
     generator = torch.Generator().manual_seed(seed)

@@ -14,6 +14,7 @@ from rlhfkit.models import TabularPolicy
 from rlhfkit.policy_losses import reinforce_loss
 from rlhfkit.sampling import response_logprobs, sample
 from rlhfkit.tasks import ExactTask
+from rlhfkit.validation import require_same_shape
 
 
 def require_finite(quantity: str, x: Tensor, step: int) -> None:
@@ -60,6 +61,7 @@ def train_reinforce(
         on_step: called with the step and its metrics, reward units and nats.
 
     Raises:
+        ValueError: if ``baseline`` returns another shape than it got.
         FloatingPointError: at the first score, loss or gradient that is not finite; names step and quantity.
 
     Source: Williams 1992; with ``leave_one_out_baseline`` it is RLOO, Ahmadian et al. 2024, arXiv:2402.14740.
@@ -78,7 +80,9 @@ def train_reinforce(
         advantages = rewards_to_go(rewards, mask)
         if baseline is not None:
             totals = rewards.sum(1).view(-1, group_size)
-            advantages = advantages - baseline(totals).reshape(-1, 1)
+            baselines = baseline(totals)
+            require_same_shape(totals=totals, baseline=baselines)
+            advantages = advantages - baselines.reshape(-1, 1)
         logprobs = response_logprobs(policy, prompts, rollout.tokens)  # the same numbers, now with gradient
         loss = aggregate(reinforce_loss(logprobs, advantages), mask, "sequence-sum")
         require_finite("loss", loss, step)

@@ -1,0 +1,198 @@
+"""What cases are written with: comparisons that say what was got and what was expected, and forms of answers."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Fail(Exception):
+    """A case's verdict "no", with the text that the learner reads."""
+
+
+class NotAnswered(Exception):
+    """The answer is still blank: None, ``...``, or a function that returns one of them."""
+
+
+def is_blank(answer: Any) -> bool:
+    """Whether the answer is None or ``...``, or a list, tuple or dict that still contains one of them."""
+    if answer is None or answer is Ellipsis:
+        return True
+    if type(answer) in (list, tuple):
+        return any(is_blank(part) for part in answer[:1000])
+    return type(answer) is dict and any(is_blank(part) for part in list(answer.values())[:1000])
+
+
+def shorten(text: str, limit: int) -> str:
+    """The text, cut at ``limit`` characters."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+# -- what cases are written with -------------------------------------------------------------------------
+
+
+def reject(message: str) -> None:
+    """The one place where a comparison says no (the proof's own test switches it off here)."""
+    raise Fail(message)
+
+
+def require(condition: object, message: str) -> None:
+    """Fail with ``message`` unless the condition holds."""
+    if not bool(condition):
+        reject(message)
+
+
+def expect_close(got: Any, want: Any, what: str, rtol: float = 1e-4, atol: float = 1e-5) -> None:
+    """Fail unless ``got`` has the shape and, within tolerance, the values of ``want``; any float type will do.
+
+    Args:
+        got: the learner's number, list, array or tensor.
+        want: what it must be.
+        what: where this is, for the message.
+        rtol: relative tolerance.
+        atol: absolute tolerance, in units of ``want``.
+
+    Raises:
+        Fail: with got, expected and where.
+    """
+    x, y = as_tensor(got, what), torch.as_tensor(want).detach().double()
+    if x.shape != y.shape:
+        reject(f"{what}: got shape {tuple(x.shape)}, expected {tuple(y.shape)}")
+    elif not torch.isfinite(x).all():
+        reject(f"{what}: got {show(x)}, which is not finite, expected {show(y)}")
+    elif not torch.allclose(x, y, rtol=rtol, atol=atol):
+        reject(f"{what}: got {show(x)}, expected {show(y)}")
+
+
+def as_tensor(got: Any, what: str) -> Tensor:
+    """A learner's number, list, array or tensor as a detached double tensor on the CPU; Fail if it is none of these."""
+    if isinstance(got, str):
+        raise Fail(f"{what}: expected numbers, got {describe(got)}")
+    try:
+        if isinstance(got, (list, tuple)) and any(isinstance(part, Tensor) for part in got):
+            got = torch.stack([torch.as_tensor(part) for part in got])
+        plain = isinstance(got, (bool, int, float, list, tuple))
+        return torch.as_tensor(got, dtype=torch.float64 if plain else None).detach().cpu().double()
+    except Exception:
+        raise Fail(f"{what}: expected numbers, got {describe(got)}") from None
+
+
+def unpack(got: Any, count: int, what: str) -> tuple[Any, ...]:
+    """A learner's tuple (or list) of ``count`` things; Fail if it is not one."""
+    if not isinstance(got, (tuple, list)) or len(got) != count:
+        raise Fail(f"{what}: expected a tuple of {count}, got {describe(got)}")
+    return tuple(got)
+
+
+def gradient(value: Any, x: Tensor, what: str) -> Tensor:
+    """d value / d x for a learner's ``value`` (summed if it is not a scalar).
+
+    Raises:
+        Fail: if ``value`` is no tensor or carries no gradient to ``x``.
+    """
+    if not isinstance(value, Tensor):
+        raise Fail(f"{what}: expected a torch tensor, got {describe(value)}")
+    if not value.requires_grad:
+        raise Fail(f"{what}: your result carries no gradient (something is detached)")
+    (slope,) = torch.autograd.grad(value.sum(), x, allow_unused=True, retain_graph=True)
+    if slope is None:
+        raise Fail(f"{what}: your result does not depend on it, so there is no gradient (something is detached)")
+    return slope
+
+
+def gradient_or_none(value: Any, x: Tensor) -> Tensor | str:
+    """The same for probes: the gradient, or the words "no gradient"."""
+    try:
+        return gradient(value, x, "probe")
+    except Fail:
+        return "no gradient"
+
+
+def describe(x: Any) -> str:
+    """A learner's object in a few words: its type, and its shape, length or text."""
+    if isinstance(x, Tensor):
+        return f"a tensor of shape {tuple(x.shape)}"
+    if isinstance(x, str):
+        return f"text {shorten(repr(x), 40)}"
+    if isinstance(x, (list, tuple)):
+        return f"a {type(x).__name__} of {len(x)}"
+    if isinstance(x, (bool, int, float)):
+        return f"{type(x).__name__} {shorten(repr(x), 40)}"
+    return "a function" if callable(x) else f"an object of type {type(x).__name__}"
+
+
+def show(x: Tensor) -> str:
+    """Up to eight entries of a tensor, four digits each."""
+    x = x.detach()
+    if x.ndim == 0:
+        return f"{x.item():.4g}"
+    entries = [f"{v:.4g}" for v in x.flatten()[:8].tolist()]
+    return "[" + ", ".join(entries) + (", ...]" if x.numel() > 8 else "]")
+
+
+def same(a: Any, b: Any, tolerance: float = 1e-4) -> bool:
+    """Whether two probe outputs are equal: nested lists of tensors, numbers or texts."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b, strict=True))
+    if isinstance(a, (str, frozenset)) or isinstance(b, (str, frozenset)):
+        return bool(type(a) is type(b) and a == b)
+    try:
+        x, y = as_tensor(a, "probe"), as_tensor(b, "probe")
+    except Fail:
+        return False
+    return x.shape == y.shape and torch.allclose(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def source(function: Callable[..., Any]) -> str:
+    """Text of a reference function, as the master notebook shows it (without our type checker's remarks)."""
+    return re.sub(r" *# (type: ignore|noqa).*", "", inspect.getsource(function)).rstrip()
+
+
+# -- forms of answers that are not functions -------------------------------------------------------------
+
+
+def numbers(*shape: int) -> Callable[[Any], Tensor]:
+    """Accept a list, array or tensor of finite numbers of this shape."""
+
+    def accept(answer: Any) -> Tensor:
+        x = as_tensor(answer, "your answer")
+        if x.shape != shape:
+            raise Fail(f"your answer: got shape {tuple(x.shape)}, expected {shape}")
+        if not torch.isfinite(x).all():
+            raise Fail(f"your answer: got {show(x)}, which is not finite")
+        return x
+
+    return accept
+
+
+def lines(count: int) -> Callable[[Any], frozenset[int]]:
+    """Accept a set (or list) of line numbers from 1 to ``count``."""
+
+    def accept(answer: Any) -> frozenset[int]:
+        if isinstance(answer, Tensor):
+            answer = answer.tolist()
+        if not isinstance(answer, (set, frozenset, list, tuple)) or not answer:
+            raise Fail(f"expected a set of line numbers such as {{1, 3}}, got {describe(answer)}")
+        if any(type(n) is not int or not 1 <= n <= count for n in answer):
+            raise Fail(f"line numbers are whole numbers from 1 to {count}")
+        return frozenset(answer)
+
+    return accept
+
+
+def orders(count: int, items: tuple[float, ...]) -> Callable[[Any], list[list[float]]]:
+    """Accept ``count`` lists, each an arrangement of ``items``."""
+
+    def accept(answer: Any) -> list[list[float]]:
+        rows = [as_tensor(row, "your answer") for row in unpack(answer, count, "your answer")]
+        for row in rows:
+            if row.ndim != 1 or not same(row.sort().values, sorted(items)):
+                raise Fail(f"each list must hold {', '.join(f'{x:g}' for x in items)}, every one once")
+        return [[min(items, key=lambda item: abs(item - x)) for x in row.tolist()] for row in rows]
+
+    return accept

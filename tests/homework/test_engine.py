@@ -1,0 +1,391 @@
+"""Whatever the answer is: points or none, one readable message, and the process goes on."""
+
+import ast
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import rlhfkit
+from rlhfkit import homework
+from rlhfkit.homework import messages, progress, run_limits
+from rlhfkit.homework.core import QUESTIONS, Verdict
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path, monkeypatch):
+    file = tmp_path / "progress.json"
+    monkeypatch.setenv("RLHFKIT_HW_STATE", str(file))
+    return file
+
+
+def endless(logits, scores):
+    while True:
+        pass
+
+
+def endless_and_stubborn(logits, scores):
+    while True:
+        try:
+            time.sleep(10)
+        except BaseException:
+            pass
+
+
+def huge_tensor(logits, scores):
+    return torch.zeros(10**12)
+
+
+def huge_list(logits, scores):
+    return [0] * 10**11
+
+
+def growing_list(logits, scores):
+    kept = []
+    while True:
+        kept.append(bytes(10**8))
+
+
+def raises(logits, scores):
+    middle = len(logits) - 1
+    return scores[0] / [middle]
+
+
+class Hostile:
+    def __float__(self):
+        os._exit(1)
+
+    def __repr__(self):
+        raise ValueError
+
+
+BAD = {
+    "None": (None, "not answered yet"),
+    "dots": (..., "not answered yet"),
+    "a string": ("softmax", "expected a function, got text 'softmax'"),
+    "NaN": (math.nan, "expected a function, got float nan"),
+    "a blank function": (lambda logits, scores: None, "not answered yet"),
+    "a function that returns dots": (lambda logits, scores: ..., "not answered yet"),
+    "wrong arity": (lambda logits: logits, "takes 1 positional argument but 2 were given"),
+    "an endless loop": (endless, "stopped after 0.5 s (an endless loop?)"),
+    "an endless loop that swallows exceptions": (endless_and_stubborn, "stopped after 0.5 s"),
+    "a huge tensor": (huge_tensor, "more memory than a check allows"),
+    "a huge list": (huge_list, "more memory than a check allows"),
+    "an answer that raises": (raises, "your code raised TypeError"),
+    "sys.exit": (lambda *_: sys.exit(3), "your code raised SystemExit: 3"),
+    "os._exit": (lambda *_: os._exit(3), "ended the Python process (exit code 3)"),
+    "an interrupt": (lambda *_: signal.raise_signal(signal.SIGKILL), "killed by the system"),
+    "KeyboardInterrupt": (lambda *_: (_ for _ in ()).throw(KeyboardInterrupt), "KeyboardInterrupt"),
+    "an exception that cannot be printed": (lambda *_: (_ for _ in ()).throw(ValueError("\ud800")), "ValueError: ?"),
+    "input": (lambda *_: input("?"), "input() cannot be used"),
+    "a hostile object": (Hostile(), "expected a function, got an object of type Hostile"),
+    "endless recursion": (lambda *_: BAD["endless recursion"][0](), "RecursionError"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_answer_gets_no_point_and_one_message(name, capfd, monkeypatch):
+    monkeypatch.setattr(run_limits, "SECONDS_PER_CASE", 0.5)
+    answer, expected = BAD[name]
+    assert homework.check("policy_gradient", answer) == 0
+    out, err = capfd.readouterr()
+    assert expected in out
+    assert out.count("FAIL") == 1
+    assert "Traceback" not in out
+    assert err == ""
+
+
+def test_memory_that_grows_without_end_is_stopped(capsys, monkeypatch):
+    monkeypatch.setattr(run_limits, "MEMORY_BYTES", 2**29)
+    assert homework.check("policy_gradient", growing_list) == 0
+    assert "more memory than a check allows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "answer", ["abc", [], {0}, {9}, {"2"}, [2.5], 3, lambda: {2}, math.nan, Hostile(), [Hostile()]]
+)
+def test_a_bad_set_of_lines_gets_no_point(answer, capsys):
+    assert homework.check("pg_proof_lines", answer) == 0
+    assert capsys.readouterr().out.count("FAIL") == 1
+
+
+@pytest.mark.parametrize("answer", ["abc", [1.0], [math.nan] * 3, [[1], [2], [3]], [1, 2, "c"], object(), lambda: 0])
+def test_bad_numbers_get_no_point(answer, capsys):
+    assert homework.check("value_baseline_variance", answer) == 0
+    assert capsys.readouterr().out.count("FAIL") == 1
+
+
+def test_a_partly_blank_table_is_not_answered(capsys):
+    assert homework.check("value_baseline_variance", [0.0009, ..., 0.0]) == 0
+    assert "not answered yet" in capsys.readouterr().out
+
+
+def test_an_exception_names_the_line_of_the_learner(capsys):
+    homework.check("policy_gradient", raises)
+    out = capsys.readouterr().out
+    assert "return scores[0] / [middle]" in out
+    assert "site-packages" not in out
+
+
+def test_printing_much_shows_the_beginning_only(capsys):
+    def noisy(logits, scores):
+        for i in range(20_000):
+            print("step", i)
+        return logits
+
+    homework.check("policy_gradient", noisy)
+    out = capsys.readouterr().out
+    assert "step 0" in out
+    assert len(out) < 3000
+
+
+def test_an_answer_that_spoils_its_inputs_and_torch_does_not_poison_other_cases(capsys):
+    right = QUESTIONS["group_baseline"].reference
+
+    def careless(scores):
+        result = right(scores.clone())
+        scores.zero_()
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.float64)
+        return result
+
+    dtype, state = torch.get_default_dtype(), torch.get_rng_state()
+    assert homework.check("group_baseline", careless) == homework.points("group_baseline")
+    assert torch.get_default_dtype() == dtype
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_one_slow_case_leaves_the_points_of_the_others(capsys, monkeypatch):
+    monkeypatch.setattr(run_limits, "SECONDS_PER_CASE", 0.5)
+    right = QUESTIONS["rewards_to_go"].reference
+
+    def stuck_on_masks(rewards, mask=None, gamma=1.0):
+        while mask is not None and not mask[0, 1]:
+            time.sleep(0.1)
+        return right(rewards, mask, gamma)
+
+    assert homework.check("rewards_to_go", stuck_on_masks) == 5
+    assert "a masked step is skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_torch_works_in_the_child_after_threads_have_run_in_the_parent(threads, capsys):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        torch.randn(400, 400) @ torch.randn(400, 400)
+
+        def busy(logits, scores):
+            torch.randn(400, 400) @ torch.randn(400, 400)
+            return QUESTIONS["policy_gradient"].reference(logits, scores)
+
+        assert homework.check("policy_gradient", busy) == 5
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_fork_a_thread_judges_and_stops_an_endless_loop(capsys, monkeypatch):
+    monkeypatch.delattr(os, "fork")
+    monkeypatch.setattr(run_limits, "SECONDS_PER_CASE", 0.5)
+    assert homework.check("policy_gradient", QUESTIONS["policy_gradient"].reference) == 5
+    assert homework.check("policy_gradient", endless) == 0
+    assert homework.check("policy_gradient", lambda *_: sys.exit(3)) == 0
+    out = capsys.readouterr().out
+    assert "stopped after 0.5 s" in out
+    assert "SystemExit" in out
+
+
+def test_when_fork_fails_a_thread_judges(capsys, monkeypatch):
+    def no_fork():
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", no_fork)
+    assert homework.check("policy_gradient", QUESTIONS["policy_gradient"].reference) == 5
+
+
+def test_an_unknown_question_is_a_clear_error():
+    with pytest.raises(ValueError, match="'gea', expected one of policy_gradient"):
+        homework.check("gea", None)
+
+
+# -- messages ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("question_id", homework.questions())
+def test_every_right_answer_earns_full_points_in_the_child(question_id, capsys):
+    question = QUESTIONS[question_id]
+    for _, answer in [("reference", question.reference), *question.rights]:
+        assert homework.check(question_id, answer) == question.points
+    assert "FAIL" not in capsys.readouterr().out
+
+
+def test_a_planted_mistake_is_named_with_got_and_expected(capsys):
+    mistake = next(w for w in QUESTIONS["gae"].wrongs if w.name == "cut-value-only")
+    assert homework.check("gae", mistake.answer) == 6
+    out = capsys.readouterr().out
+    assert out.startswith("gae  generalised advantage estimation: 6/8\n")
+    assert "FAIL  a finished step cuts the rollout in two (2 pt)" in out
+    assert "got [" in out and "expected [" in out and "hint: " in out
+    assert f"LIKELY CAUSE  {mistake.says}" in out
+
+
+def test_a_mistake_that_is_not_in_the_bank_is_not_named(capsys):
+    homework.check("group_mean_shrinkage", lambda K: 0.5)
+    assert "LIKELY CAUSE" not in capsys.readouterr().out
+
+
+def test_equal_on_some_probes_only_is_not_named(capsys):
+    """At K = 2 this is the planted 1/K, elsewhere it is something else."""
+    homework.check("group_mean_shrinkage", lambda K: 0.5 if K == 2 else 0.7)
+    assert "LIKELY CAUSE" not in capsys.readouterr().out
+
+
+def test_html_says_the_same_in_words_and_escapes_the_learner(capsys):
+    question = QUESTIONS["group_mean_shrinkage"]
+    verdicts = [Verdict(True), Verdict(False, "got <b>1</b>")]
+    message = messages.checked(question, verdicts, ["unbiased"])
+    page = message.as_html()
+    for word in ("PASS", "FAIL", "LIKELY CAUSE", "1/2", "&lt;b&gt;1&lt;/b&gt;", "hint: "):
+        assert word in page
+    for tag, _ in message.lines:
+        assert tag in message.text()
+
+
+def test_hints_have_three_levels(capsys):
+    for level in (1, 2, 3):
+        homework.hint("gae", level)
+    out = capsys.readouterr().out
+    for text in QUESTIONS["gae"].hints:
+        assert text in out
+    with pytest.raises(ValueError, match="level: got 4"):
+        homework.hint("gae", 4)
+
+
+def test_the_solution_opens_after_two_attempts_or_by_force_and_is_recorded(capsys):
+    homework.solution("group_baseline")
+    assert "try it twice first (0 so far)" in capsys.readouterr().out
+    homework.check("group_baseline", None)  # blank: no attempt
+    homework.check("group_baseline", lambda s: s)
+    homework.solution("group_baseline")
+    assert "1 so far" in capsys.readouterr().out
+    homework.check("group_baseline", lambda s: 2 * s)
+    capsys.readouterr()
+    homework.report()
+    assert "solution opened" not in capsys.readouterr().out
+    homework.solution("group_baseline")
+    homework.solution("gae", force=True)
+    out = capsys.readouterr().out
+    assert "return (scores.sum(1, keepdim=True) - scores)" in out
+    assert "def gae(" in out
+    homework.report()
+    assert capsys.readouterr().out.count("solution opened") == 2
+
+
+def test_the_report_shows_best_score_and_attempts(capsys):
+    homework.check("group_baseline", QUESTIONS["group_baseline"].reference, verbose=False)
+    homework.check("group_baseline", None, verbose=False)
+    homework.check("group_baseline", lambda s: s, verbose=False)
+    assert capsys.readouterr().out == ""
+    homework.report()
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if "group_baseline" in line)
+    assert row.split() == ["group_baseline", "##########", "3/3", "attempts", "2"]
+    assert out.startswith("Homework: 3 of ")
+
+
+def test_grade_case_raises_for_the_failing_case_only():
+    mistake = next(w for w in QUESTIONS["gae"].wrongs if w.name == "cut-value-only")
+    homework.grade_case("gae", 1, mistake.answer)
+    with pytest.raises(AssertionError, match=r"a finished step cuts the rollout in two: .*got"):
+        homework.grade_case("gae", 4, mistake.answer)
+    with pytest.raises(AssertionError, match="not answered yet"):
+        homework.grade_case("gae", 4, ...)
+    with pytest.raises(ValueError, match="expected a case from 1 to 6"):
+        homework.grade_case("gae", 7, mistake.answer)
+
+
+# -- progress ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"questions": 3}', '{"questions": {"gae": {"best": "8"}}}', "\udcff"]
+)
+def test_a_damaged_progress_file_is_kept_aside(state, content, capsys):
+    data = content.encode("utf-8", "surrogateescape")
+    state.write_bytes(data)
+    assert homework.check("group_mean_shrinkage", lambda K: 1 - 1 / K) == 2
+    assert "kept as progress.json.bak" in capsys.readouterr().out
+    assert state.with_name("progress.json.bak").read_bytes() == data
+    assert json.loads(state.read_text())["questions"]["group_mean_shrinkage"]["best"] == 2
+    state.write_bytes(data)
+    homework.check("group_mean_shrinkage", None)
+    assert state.with_name("progress.json.bak2").read_bytes() == data
+
+
+def test_a_folder_that_cannot_be_written_costs_a_note_only(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("RLHFKIT_HW_STATE", str(tmp_path / "missing" / "progress.json"))
+    assert homework.check("group_mean_shrinkage", lambda K: 1 - 1 / K) == 2
+    assert "progress could not be saved" in capsys.readouterr().out
+
+
+WRITER = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("progress", {progress.__file__!r})  # alone: without torch
+progress = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(progress)
+"""
+WRITE = """
+for i in range(1, 10**6):
+    progress.write({f"q{k}": {"attempts": i, "best": i, "solution_opened": False, "hints": 0} for k in range(2000)})
+    if i == 3:
+        print("writing", flush=True)
+"""
+
+
+def test_the_progress_file_survives_a_kill_at_any_moment(state):
+    """Killed five times while writing without pause, the file is whole each time."""
+    for pause in (0.0, 0.013, 0.031, 0.052, 0.071):
+        process = subprocess.Popen([sys.executable, "-c", WRITER + WRITE], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "writing\n"
+        time.sleep(pause)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        questions, note = progress.read(state)
+        assert note == ""
+        assert len(questions) == 2000
+        assert len({record["best"] for record in questions.values()}) == 1
+
+
+def test_two_notebooks_do_not_lose_each_others_attempts(state):
+    add = WRITER + "for _ in range(50): progress.update('gae', attempts=1)"
+    processes = [subprocess.Popen([sys.executable, "-c", add]) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert progress.read(state)[0]["gae"]["attempts"] == 100
+
+
+def test_the_rest_of_the_package_does_not_know_the_homework():
+    modules = Path(rlhfkit.__file__).parent.glob("*.py")
+    assert [module.name for module in modules if "rlhfkit.homework" in module.read_text(encoding="utf-8")] == []
+
+
+def test_a_learner_needs_torch_and_numpy_only():
+    """What `import rlhfkit.homework` can reach imports nothing else; the instructor's modules stand apart."""
+    folder, apart = Path(homework.__file__).parent, {"instructor.py", "run_notebook.py", "__main__.py"}
+    reached = set()
+    for module in folder.rglob("*.py"):
+        if module.name not in apart:
+            for node in ast.parse(module.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ImportFrom):
+                    reached.add(node.module)
+                elif isinstance(node, ast.Import):
+                    reached.update(name.name for name in node.names)
+    assert {name.split(".")[0] for name in reached} - set(sys.stdlib_module_names) == {"torch", "numpy", "rlhfkit"}
+    assert not any(name.endswith((".instructor", ".run_notebook")) for name in reached)

@@ -1,0 +1,94 @@
+"""Imports only go down: the table of the architecture, read from the source of every module."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import rlhfkit
+
+PACKAGE = Path(rlhfkit.__file__).parent
+MATHS = {"logprobs", "kl", "advantages", "policy_losses", "preference_losses"}
+ZERO = MATHS | {"validation", "masked"}
+ONE = {"models", "tasks"}
+PAGES = {"torch", "numpy", "matplotlib", "PIL", "ipywidgets", "IPython"}
+MAY_IMPORT = {  # module: (modules of ours, packages of others)
+    "__init__": (set(), set()),
+    "validation": (set(), {"torch"}),
+    "masked": ({"validation"}, {"torch"}),
+    **{name: ({"validation", "masked"}, {"torch"}) for name in MATHS},
+    "exact": (set(), {"torch"}),
+    "models": ({"validation"}, {"torch"}),
+    "tasks": ({"exact", "models"}, {"torch"}),
+    "sampling": (ZERO | ONE, {"torch"}),
+    "train_policy": (ZERO | ONE | {"sampling"}, {"torch"}),
+    "control": (ZERO | ONE | {"sampling", "train_policy"}, {"torch", "numpy", "gymnasium", "tqdm"}),
+    "display": (ZERO | ONE | {"exact"}, PAGES),
+    "frames": (ZERO | ONE | {"exact", "display"}, PAGES),
+}
+HOMEWORK = (ZERO | ONE | {"exact"}, {"torch", "numpy", "IPython"})
+
+
+def imports(source, package=()):
+    """(modules of ours, packages of others) that a source imports, inside functions too."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            base = ["rlhfkit", *package][: len(package) + 2 - node.level]
+            names = [".".join([*base, node.module])] if node.module else [".".join([*base, a.name]) for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"rlhfkit.{a.name}" for a in node.names] if node.module == "rlhfkit" else [node.module]
+        for name in names:
+            top, *rest = name.split(".")
+            if top == "rlhfkit":
+                ours.add(rest[0] if rest else "__init__")
+            elif top not in sys.stdlib_module_names:
+                others.add(top)
+    return ours, others
+
+
+def violations(module, source, package=()):
+    allowed, packages = HOMEWORK if package else MAY_IMPORT[module]
+    ours, others = imports(source, package)
+    return (ours - allowed - set(package)) | (others - packages)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_module_imports_only_what_lies_below(path):
+    assert path.stem in MAY_IMPORT, f"give {path.stem} its place in the table"
+    assert not violations(path.stem, path.read_text())
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "homework").rglob("*.py")), ids=lambda path: path.stem)
+def test_homework_imports_maths_tasks_and_the_oracle_only(path):
+    assert not violations(path.stem, path.read_text(), path.parent.relative_to(PACKAGE).parts)
+
+
+PLANTED = {
+    "the oracle uses the maths": ("exact", "from rlhfkit.kl import kl_k1", {"kl"}),
+    "the oracle uses numpy": ("exact", "import numpy as np", {"numpy"}),
+    "maths imports its neighbour": ("kl", "from rlhfkit.logprobs import entropy", {"logprobs"}),
+    "maths imports a task inside a function": ("advantages", "def f():\n    import rlhfkit.tasks", {"tasks"}),
+    "masked imports maths, relatively": ("masked", "from .kl import kl_k1", {"kl"}),
+    "relatively, the module itself": ("masked", "from . import kl", {"kl"}),
+    "a loop draws": ("train_policy", "from rlhfkit import display", {"display"}),
+    "sampling imports a loop": ("sampling", "import rlhfkit.train_policy as t", {"train_policy"}),
+    "the package imports its modules": ("__init__", "from rlhfkit.masked import whiten", {"masked"}),
+    "tasks know plots": ("tasks", "import matplotlib.pyplot as plt", {"matplotlib"}),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_import_is_caught(name):
+    module, line, found = PLANTED[name]
+    source = (PACKAGE / f"{module}.py").read_text()
+    assert violations(module, source + "\n" + line) == found
+
+
+def test_a_planted_import_in_the_homework_is_caught():
+    assert violations("grade", "from rlhfkit.train_policy import train_reinforce", ("homework",)) == {"train_policy"}
+    assert violations("bank", "from ..checks import x\nfrom rlhfkit.exact import kl", ("homework", "bank")) == set()

@@ -1,0 +1,117 @@
+"""The tabular policy: one row for every prompt and prefix, so that it can represent any distribution."""
+
+import itertools
+
+import pytest
+import torch
+from planting import close, edited, f64, normal, raises
+
+from rlhfkit.exact import enumerate_responses
+from rlhfkit.models import TabularPolicy
+
+pytestmark = pytest.mark.usefixtures("device")
+
+
+def marked(TabularPolicy):
+    """V = 2, T = 3, two prompts; every logit is its own number: 100 p + 10 row + token."""
+    p, row, token = torch.meshgrid(torch.arange(2), torch.arange(7), torch.arange(2), indexing="ij")
+    return TabularPolicy(2, 3, 2, table=(100 * p + 10 * row + token).double())
+
+
+def test_each_prefix_reads_its_own_row_in_order_of_length_then_lexicographically(TabularPolicy=TabularPolicy):
+    policy = marked(TabularPolicy)
+    prefixes = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)]
+    for p, (row, prefix) in itertools.product((0, 1), enumerate(prefixes)):
+        tokens = torch.tensor([[p, *prefix]])
+        start = 100 * p + 10 * row
+        assert policy.logits(tokens)[0, -1].tolist() == [start, start + 1]
+
+
+def test_logits_after_every_position_come_from_the_tokens_so_far(TabularPolicy=TabularPolicy):
+    policy = TabularPolicy(3, 4, 2, table=normal(2, 40, 3))
+    tokens = torch.tensor([[1, 0, 2, 1, 2], [0, 2, 2, 0, 1]])
+    whole = policy.logits(tokens)
+    for length in range(1, 5):
+        close(policy.logits(tokens[:, :length]), whole[:, :length])
+        assert policy.prefixes(tokens)[:, length - 1].lt(40).all()
+    assert (whole[:, -1] == 0).all() and policy.prefixes(tokens)[:, -1].tolist() == [-1, -1]
+    close(policy(tokens), whole)
+
+
+def test_no_two_prefixes_share_a_row(TabularPolicy=TabularPolicy):
+    policy = TabularPolicy(3, 3)
+    rows = set()
+    for length in range(3):
+        for prefix in itertools.product(range(3), repeat=length):
+            rows.add(policy.prefixes(torch.tensor([[0, *prefix]]))[0, -1].item())
+    assert rows == set(range(policy.count_prefixes(3, 3))) == set(range(13))
+
+
+def test_any_table_is_a_distribution_over_responses(TabularPolicy=TabularPolicy):
+    for eos_id in (None, 0, 2):
+        tokens, mask = enumerate_responses(3, 3, eos_id)
+        policy = TabularPolicy(3, 3, 1, table=normal(1, 13, 3))
+        sequences = torch.cat([torch.zeros_like(tokens[:, :1]), tokens], 1)
+        logprobs = policy.logits(sequences).log_softmax(-1)[:, :-1].gather(-1, tokens[..., None])[..., 0]
+        close(torch.where(mask, logprobs, 0.0).sum(1).exp().sum(), f64(1.0))
+
+
+def test_gradient_reaches_the_rows_that_were_read_and_no_other(TabularPolicy=TabularPolicy):
+    policy = marked(TabularPolicy)
+    policy.logits(torch.tensor([[1, 0, 1, 1]])).sum().backward()
+    read = policy.table.grad.abs().sum(-1).nonzero().tolist()
+    assert read == [[1, 0], [1, 1], [1, 4]]
+
+
+def test_table_starts_uniform_in_double_precision_and_is_copied(TabularPolicy=TabularPolicy):
+    policy = TabularPolicy(4, 2)
+    assert policy.table.dtype == torch.float64 and policy.table.requires_grad and (policy.table == 0).all()
+    table = normal(1, 5, 4)
+    policy = TabularPolicy(4, 2, 1, table)
+    with torch.no_grad():
+        policy.table.zero_()
+    assert (table != 0).all()
+    assert TabularPolicy(4, 2, 1, table.float()).logits(torch.tensor([[0, 1]])).dtype == torch.float32
+
+
+def test_policy_refuses_what_it_has_no_row_for(TabularPolicy=TabularPolicy):
+    policy = TabularPolicy(3, 2, 2)
+    for rows in ([[2]], [[-1]], [[0, 3]], [[0, -1]], [[0, 0, 0, 0]]):
+        raises(ValueError, lambda r=rows: policy.logits(torch.tensor(r)), "tokens")
+    raises(ValueError, lambda: policy.logits(torch.tensor([0, 1])), "tokens", "(2,)")
+    raises(ValueError, lambda: TabularPolicy(3, 2, 2, torch.zeros(2, 4, 2)), "table", "(2, 4, 2)", "(2, 4, 3)")
+    for sizes in ((1, 2, 1), (2, 0, 1), (2, 2, 0)):
+        raises(ValueError, lambda s=sizes: TabularPolicy(*s), str(sizes))
+
+
+PLANTED = {
+    "TabularPolicy": {
+        "digits in the other order": edited(
+            TabularPolicy,
+            ("number * self.vocab_size + tokens[:, t]", "number + tokens[:, t] * self.vocab_size ** (t - 1)"),
+        ),
+        "rows of every length start at 0": edited(TabularPolicy, (" + self.count_prefixes(self.vocab_size, t)", "")),
+        "only the last token counts": edited(
+            TabularPolicy, ("number * self.vocab_size + tokens[:, t]", "tokens[:, t]")
+        ),
+        "one row for all prompts": edited(
+            TabularPolicy, ("self.table[prompts.unsqueeze(1)", "self.table[0 * prompts.unsqueeze(1)")
+        ),
+        "sees one token ahead": edited(
+            TabularPolicy,
+            (
+                "number * self.vocab_size + tokens[:, t]",
+                "number * self.vocab_size + tokens[:, min(t + 1, tokens.shape[1] - 1)]",
+            ),
+        ),
+        "table not copied": edited(TabularPolicy, ("table.detach().clone()", "table.detach()")),
+        "last row read after a full response": edited(
+            TabularPolicy, ("torch.where((rows >= 0).unsqueeze(-1), logits, torch.zeros_like(logits))", "logits")
+        ),
+        "negative prompts wrap": edited(TabularPolicy, ("prompts.min() < 0 or ", "")),
+        "starts in single precision": edited(
+            TabularPolicy, ("torch.zeros(shape, dtype=torch.float64)", "torch.zeros(shape)")
+        ),
+    },
+}
+EXEMPT = {"Policy"}

@@ -1,0 +1,46 @@
+"""Every planted bug of every test file is caught by a test of that file, which the package's own function passes."""
+
+import importlib
+
+import planting
+import pytest
+
+FILES = (
+    "test_masked",
+    "test_logprobs",
+    "test_kl",
+    "test_advantages",
+    "test_policy_losses",
+    "test_preference_losses",
+    "test_exact",
+    "test_models",
+    "test_tasks",
+    "test_sampling",
+    "test_train_policy",
+    "test_control",
+)
+MODULES = {name: importlib.import_module(name) for name in FILES}
+CASES = [(f, name, bug) for f, tests in MODULES.items() for name, bugs in tests.PLANTED.items() for bug in bugs]
+
+
+@pytest.mark.parametrize(("file", "name", "bug"), CASES, ids=[f"{name}: {bug}" for _, name, bug in CASES])
+def test_a_planted_bug_is_caught(file, name, bug):
+    caught_by = planting.first_failing_test(MODULES[file], name, MODULES[file].PLANTED[name][bug])
+    assert caught_by is not None, f"no test of {name} in {file}.py notices: {bug}"
+
+
+@pytest.mark.parametrize(("file", "name"), sorted({(f, name) for f, name, _ in CASES}))
+def test_the_function_itself_is_not_caught(file, name):
+    assert planting.first_failing_test(MODULES[file], name, getattr(MODULES[file], name)) is None
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_public_function_has_at_least_three_planted_bugs(file):
+    tested = importlib.import_module("rlhfkit." + file.removeprefix("test_"))
+    public = {
+        name
+        for name, x in vars(tested).items()
+        if callable(x) and not name.startswith("_") and x.__module__ == tested.__name__
+    }
+    missing = {name for name in public - set(MODULES[file].EXEMPT) if len(MODULES[file].PLANTED.get(name, ())) < 3}
+    assert not missing, f"too few planted bugs for {sorted(missing)}"

@@ -1,0 +1,69 @@
+"""What a reader of the code relies on: complete docstrings, types that check, code that lints."""
+
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MATHS = "validation masked logprobs kl advantages policy_losses preference_losses exact".split()
+MODULES = (*MATHS, "models", "tasks", "sampling", "train_policy")
+
+
+def public(module):
+    """Public functions, classes and methods with arguments, as (name, object)."""
+    for name, x in vars(module).items():
+        if getattr(x, "__module__", None) != module.__name__ or name.startswith("_"):
+            continue
+        if inspect.isfunction(x):
+            yield name, x
+        elif inspect.isclass(x):
+            yield from (
+                (f"{name}.{n}", m) for n, m in vars(x).items() if inspect.isfunction(m) and not n.startswith("_")
+            )
+
+
+CASES = [(m, name, x) for m in MODULES for name, x in public(importlib.import_module(f"rlhfkit.{m}"))]
+SHORT = {"models", "tasks"}  # methods there may say it all in one line, shapes included
+
+
+@pytest.mark.parametrize(("module", "name", "x"), CASES, ids=[f"{m}.{n}" for m, n, _ in CASES])
+def test_docstring_says_arguments_shapes_results_and_errors(module, name, x):
+    doc = inspect.getdoc(x)
+    assert doc, "no docstring"
+    parameters = [p for p in inspect.signature(x).parameters if p != "self"]
+    source = inspect.getsource(x)
+    if "raise " in source.replace(doc, "") or ("require_" in source.replace(doc, "") and module != "validation"):
+        assert "Raises:" in doc or module in SHORT
+    if len(doc.splitlines()) == 1 or module == "validation":
+        assert re.search(r"\(.*\)|shape", doc) or module in SHORT or not parameters or "->" in doc
+        return
+    if parameters:
+        assert "Args:" in doc or ("Raises:" in doc and module == "train_policy")
+    if "Args:" in doc:
+        missing = [p for p in parameters if not re.search(rf"^\s+\*{{0,2}}{p}: ", doc, re.MULTILINE)]
+        assert not missing, f"not described: {missing}"
+    if inspect.signature(x).return_annotation not in ("None", None):
+        assert "Returns:" in doc
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_stays_near_250_lines(module):
+    assert len((ROOT / "rlhfkit" / f"{module}.py").read_text().splitlines()) <= 280
+
+
+def check(*command):
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_types_check():
+    check("mypy")
+
+
+def test_code_lints():
+    check("ruff", "check", "rlhfkit", "tests")
