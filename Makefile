@@ -68,9 +68,11 @@ ifeq ($(wildcard homework/instructor-constraints.txt),)
 	@echo "homework/instructor-constraints.txt is missing: no instructor environment"
 else
 	@if [ "$$(cat $@ 2>/dev/null)" != "$$(cksum $^)" ]; then \
-	  echo "setting up $(INSTRUCTOR)"; \
-	  [ -x $(INSTRUCTOR)/bin/python ] || $(RUN) -m venv $(INSTRUCTOR); \
-	  $(PIP_ENV) $(INSTRUCTOR)/bin/python -m pip install -q -c homework/instructor-constraints.txt -e ".[instructor]" $(QUIET); \
+	  echo "setting up $(INSTRUCTOR): otter-grader on top of $(VENV)'s packages"; \
+	  [ -x $(INSTRUCTOR)/bin/python ] || $(RUN) -m venv --without-pip $(INSTRUCTOR); \
+	  $(RUN) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	    > "$$($(INSTRUCTOR)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"; \
+	  $(PIP_ENV) $(RUN) -m pip --python $(INSTRUCTOR)/bin/python install -q --no-deps -r homework/instructor-constraints.txt $(QUIET); \
 	fi
 	@cksum $^ > $@
 endif

@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from check_site import BROWSERS, find_browser, launch, look_at, open_page, serve
 from playwright.sync_api import sync_playwright
 
 from build import ROOT, build
+from check_site import BROWSERS, find_browser, launch, look_at, open_page, serve
 
 
 def print_book(site: Path, out: Path) -> list[str]:

@@ -30,9 +30,7 @@ def reinforce_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
     return -logprobs * advantages.detach()
 
 
-def clipped_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float = 0.2
-) -> Tensor:
+def clipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float = 0.2) -> Tensor:
     """PPO's clipped surrogate loss of every token, to be minimised.
 
     -min(r A, clip(r, 1 - eps, 1 + eps) A), with r = exp(logprobs - old_logprobs), eps = cliprange.

@@ -6,8 +6,8 @@ from fractions import Fraction
 
 import pytest
 import torch
-from planting import DTYPES, close, edited, f64, gradients, ignores_padding, leaf, masks, normal, raises
 
+from planting import DTYPES, close, edited, f64, gradients, ignores_padding, leaf, masks, normal, raises
 from rlhfkit.advantages import (
     gae,
     group_mean_baseline,

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from planting import f64, normal, raises
 
+from planting import f64, normal, raises
 from rlhfkit import advantages, exact, kl, logprobs, masked, policy_losses, preference_losses, sampling, tasks
 from rlhfkit.models import TabularPolicy
 

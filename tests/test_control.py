@@ -10,8 +10,8 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from planting import close, edited, f64, normal, raises
 
+from planting import close, edited, f64, normal, raises
 from rlhfkit.control import (
     ControlRollout,
     Player,

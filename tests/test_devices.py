@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from planting import masks, normal
 
+from planting import masks, normal
 from rlhfkit import advantages, exact, kl, logprobs, masked, policy_losses, preference_losses, sampling
 from rlhfkit.models import TabularPolicy
 from rlhfkit.tasks import random_task

@@ -79,9 +79,7 @@ def test_a_claim_shows_itself_and_glues_its_number(shown: Shown) -> None:
     record = data[CLAIM_MIME]
     assert record["name"] == "final-kl" and record["value"] == "0.123" and record["source"] == "5 seeds"
     assert metadata["scrapbook"]["name"] == "final-kl"
-    assert (
-        glued[metadata["scrapbook"]["mime_prefix"] + "text/plain"] == "'0.123'"
-    )
+    assert glued[metadata["scrapbook"]["mime_prefix"] + "text/plain"] == "'0.123'"
 
 
 @pytest.mark.parametrize("value", [1.0 + 1.01e-3, 1.0 - 1.01e-3, math.nan, math.inf])

@@ -6,8 +6,8 @@ from fractions import Fraction
 
 import pytest
 import torch
-from planting import close, edited, f64, gradients, leaf, normal, raises
 
+from planting import close, edited, f64, gradients, leaf, normal, raises
 from rlhfkit.exact import (
     best_of_n,
     enumerate_responses,

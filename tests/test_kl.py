@@ -5,6 +5,7 @@ import math
 import mpmath
 import pytest
 import torch
+
 from planting import (
     DTYPES,
     close,
@@ -20,7 +21,6 @@ from planting import (
     raises,
     replaced,
 )
-
 from rlhfkit import kl as kl_module
 from rlhfkit.kl import (
     AdaptiveKLController,

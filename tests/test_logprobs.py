@@ -6,8 +6,8 @@ import math
 import mpmath
 import pytest
 import torch
-from planting import DTYPES, close, exact_logprobs, f64, gradients, ignores_padding, leaf, masks, normal, raises
 
+from planting import DTYPES, close, exact_logprobs, f64, gradients, ignores_padding, leaf, masks, normal, raises
 from rlhfkit.logprobs import entropy, next_token_logprobs, sequence_logprobs, token_logprobs
 from rlhfkit.masked import masked_sum
 

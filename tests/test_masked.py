@@ -4,8 +4,8 @@ import statistics
 
 import pytest
 import torch
-from planting import DTYPES, close, edited, f64, ignores_padding, leaf, masks, normal, raises
 
+from planting import DTYPES, close, edited, f64, ignores_padding, leaf, masks, normal, raises
 from rlhfkit.masked import aggregate, masked_mean, masked_sum, masked_var, whiten
 
 pytestmark = pytest.mark.usefixtures("device")

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from planting import close, edited, f64, normal, raises
 
+from planting import close, edited, f64, normal, raises
 from rlhfkit.exact import enumerate_responses
 from rlhfkit.models import TabularPolicy
 

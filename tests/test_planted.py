@@ -2,8 +2,9 @@
 
 import importlib
 
-import planting
 import pytest
+
+import planting
 
 FILES = (
     "test_masked",

@@ -6,8 +6,8 @@ import math
 import mpmath
 import pytest
 import torch
-from planting import DTYPES, close, edited, f64, gradients, leaf, mp, normal, raises
 
+from planting import DTYPES, close, edited, f64, gradients, leaf, mp, normal, raises
 from rlhfkit.policy_losses import (
     approx_kl,
     clip_active,

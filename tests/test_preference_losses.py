@@ -6,8 +6,8 @@ import math
 import mpmath
 import pytest
 import torch
-from planting import DTYPES, close, edited, f64, gradients, leaf, mp, normal
 
+from planting import DTYPES, close, edited, f64, gradients, leaf, mp, normal
 from rlhfkit.preference_losses import (
     bradley_terry_loss,
     conservative_dpo_loss,

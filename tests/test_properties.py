@@ -5,8 +5,8 @@ import math
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from planting import close, ignores_padding, normal
 
+from planting import close, ignores_padding, normal
 from rlhfkit import advantages, exact, kl, logprobs, masked, policy_losses, preference_losses
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from planting import close, edited, f64, leaf, normal, raises
 
+from planting import close, edited, f64, leaf, normal, raises
 from rlhfkit.exact import enumerate_responses
 from rlhfkit.models import TabularPolicy
 from rlhfkit.sampling import all_logprobs, response_logprobs, sample

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "book"), str(ROOT / "book" / "ext")]
 
 import book_fixes  # noqa: E402
+
 import check_site  # noqa: E402
 import vendor  # noqa: E402
 

@@ -3,8 +3,8 @@
 import dataclasses
 
 import torch
-from planting import close, edited, f64, raises
 
+from planting import close, edited, f64, raises
 from rlhfkit.exact import enumerate_responses
 from rlhfkit.tasks import ExactTask, Rollout, random_task
 

@@ -3,8 +3,8 @@
 import math
 
 import torch
-from planting import close, edited, raises
 
+from planting import close, edited, raises
 from rlhfkit.advantages import group_mean_baseline, leave_one_out_baseline
 from rlhfkit.exact import estimator_moments, objective, optimal_value
 from rlhfkit.models import TabularPolicy
