@@ -63,6 +63,8 @@ def gae(
     require_ndim("rewards", rewards, "(B, T)")
     require_same_shape(rewards=rewards, values=values)
     require_float(rewards=rewards, values=values)
+    if rewards.shape[1] == 0:
+        raise ValueError(f"rewards: got shape {tuple(rewards.shape)}, expected at least one step")
     require_in("gamma", gamma, 0.0, 1.0)
     require_in("lam", lam, 0.0, 1.0)
     if mask is None:

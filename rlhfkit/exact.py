@@ -156,11 +156,12 @@ def best_of_n(ref_logprobs: Tensor, scores: Tensor, n: int) -> Tensor:
     _same_shape(ref_logprobs=ref_logprobs, scores=scores)
     if n < 1:
         raise ValueError(f"n: got {n}, expected at least one draw")
-    ref = ref_logprobs.exp()
-    at_most = (ref.unsqueeze(-2) * (scores.unsqueeze(-2) <= scores.unsqueeze(-1))).sum(-1)  # F
-    below = (ref.unsqueeze(-2) * (scores.unsqueeze(-2) < scores.unsqueeze(-1))).sum(-1)  # G
+    ordered, order = scores.sort(-1)
+    cumulative = torch.nn.functional.pad(ref_logprobs.exp().gather(-1, order).cumsum(-1), (1, 0))
+    at_most = cumulative.gather(-1, torch.searchsorted(ordered, scores, right=True))  # F
+    below = cumulative.gather(-1, torch.searchsorted(ordered, scores))  # G
     # (F^n - G^n)/(F - G) = sum_k F^(n-1-k) G^k: no cancellation, and right where F = G because ref rounds to 0
-    powers = sum((at_most ** (n - 1 - k) * below**k for k in range(n)), start=torch.zeros_like(ref))
+    powers = sum((at_most ** (n - 1 - k) * below**k for k in range(n)), start=torch.zeros_like(below))
     return ref_logprobs + powers.log()
 
 

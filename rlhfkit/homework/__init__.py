@@ -7,10 +7,12 @@ on time and memory, so that no answer can end the notebook.
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from rlhfkit.homework import bank as _bank  # noqa: F401  registers the questions
 from rlhfkit.homework import messages, progress, run_limits
+from rlhfkit.homework.comparisons import describe, shorten
 from rlhfkit.homework.core import QUESTIONS, Question
 from rlhfkit.homework.proofs import kill_matrix, prove
 
@@ -28,11 +30,17 @@ __all__ = [
 
 
 def _question(question_id: str) -> Question:
-    try:
-        return QUESTIONS[question_id]
-    except (KeyError, TypeError):
+    if not isinstance(question_id, str):
+        got = describe(question_id)
+        raise ValueError(
+            f"question_id: got {got}, expected text: the question's name comes first, as in check('gae', gae)"
+        )
+    if question_id not in QUESTIONS:
+        near = difflib.get_close_matches(question_id, QUESTIONS, 1)
+        close = f"did you mean {near[0]!r}? " if near else ""
         known = ", ".join(QUESTIONS)
-        raise ValueError(f"question_id: got {question_id!r}, expected one of {known}") from None
+        raise ValueError(f"question_id: got {shorten(repr(question_id), 40)}; {close}The questions are {known}")
+    return QUESTIONS[question_id]
 
 
 def questions() -> list[str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,16 +19,28 @@ class Fail(Exception):
 
 
 class NotAnswered(Exception):
-    """The answer is still blank: None, ``...``, or a function that returns one of them."""
+    """The answer is still blank: None, ``...``, or a function that returns one of them; the text says what is blank."""
 
 
-def is_blank(answer: Any) -> bool:
-    """Whether the answer is None or ``...``, or a list, tuple or dict that still contains one of them."""
+class Stop(BaseException):
+    """Thrown into a thread whose answer has run for too long: the one exception that is no verdict."""
+
+
+def blank(answer: Any) -> str:
+    """What is blank: all of the answer (None, ``...``), a part of a list, tuple or dict, or "" if nothing is."""
     if answer is None or answer is Ellipsis:
-        return True
-    if type(answer) in (list, tuple):
-        return any(is_blank(part) for part in answer[:1000])
-    return type(answer) is dict and any(is_blank(part) for part in list(answer.values())[:1000])
+        return "not answered yet (it is blank, or returns None)"
+    if type(answer) not in (list, tuple, dict):
+        return ""
+    parts = list(itertools.islice(answer.values() if type(answer) is dict else answer, 1000))
+    empty = [number for number, part in enumerate(parts, 1) if blank(part)]
+    if not empty:
+        return ""
+    if all(part is None or part is Ellipsis for part in parts):
+        return blank(None)
+    if len(empty) == 1:
+        return f"not answered yet: part {empty[0]} of your answer is still blank"
+    return f"not answered yet: parts {', '.join(map(str, empty))} of your answer are still blank"
 
 
 def shorten(text: str, limit: int) -> str:
@@ -47,7 +62,14 @@ def require(condition: object, message: str) -> None:
         reject(message)
 
 
-def expect_close(got: Any, want: Any, what: str, rtol: float = 1e-4, atol: float = 1e-5) -> None:
+def expect_shape(got: Tensor, shape: tuple[int, ...], what: str) -> None:
+    """Fail unless the tensor has this shape."""
+    require(tuple(got.shape) == shape, f"{what}: got shape {tuple(got.shape)}, expected {shape}")
+
+
+def expect_close(
+    got: Any, want: Any, what: str, rtol: float = 1e-4, atol: float = 1e-5, tell_expected: bool = True
+) -> None:
     """Fail unless ``got`` has the shape and, within tolerance, the values of ``want``; any float type will do.
 
     Args:
@@ -56,17 +78,19 @@ def expect_close(got: Any, want: Any, what: str, rtol: float = 1e-4, atol: float
         what: where this is, for the message.
         rtol: relative tolerance.
         atol: absolute tolerance, in units of ``want``.
+        tell_expected: False where ``want`` is the answer itself, which must not be read off the message.
 
     Raises:
-        Fail: with got, expected and where.
+        Fail: with got, expected (if told) and where.
     """
     x, y = as_tensor(got, what), torch.as_tensor(want).detach().double()
+    expected = f", expected {show(y)}" if tell_expected else ": not right"
     if x.shape != y.shape:
         reject(f"{what}: got shape {tuple(x.shape)}, expected {tuple(y.shape)}")
     elif not torch.isfinite(x).all():
-        reject(f"{what}: got {show(x)}, which is not finite, expected {show(y)}")
+        reject(f"{what}: got {show(x)}, which is not finite{expected}")
     elif not torch.allclose(x, y, rtol=rtol, atol=atol):
-        reject(f"{what}: got {show(x)}, expected {show(y)}")
+        reject(f"{what}: got {show(x)}{expected}")
 
 
 def as_tensor(got: Any, what: str) -> Tensor:
@@ -74,6 +98,7 @@ def as_tensor(got: Any, what: str) -> Tensor:
     if isinstance(got, str):
         raise Fail(f"{what}: expected numbers, got {describe(got)}")
     try:
+        got = _plain(got)
         if isinstance(got, (list, tuple)) and any(isinstance(part, Tensor) for part in got):
             got = torch.stack([torch.as_tensor(part) for part in got])
         plain = isinstance(got, (bool, int, float, list, tuple))
@@ -82,9 +107,33 @@ def as_tensor(got: Any, what: str) -> Tensor:
         raise Fail(f"{what}: expected numbers, got {describe(got)}") from None
 
 
+def _plain(x: Any, depth: int = 4) -> Any:
+    """Numbers of every real type (fractions, numpy's own) as floats, in lists and tuples too."""
+    if isinstance(x, Real) and not isinstance(x, (bool, int, float)):
+        return float(x)
+    if depth and isinstance(x, (list, tuple)) and any(not isinstance(part, (bool, int, float)) for part in x):
+        return [_plain(part, depth - 1) for part in x]
+    return x
+
+
+def keeps_inputs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The learner's function; Fail after a call that changed one of the tensors it was given."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        copies = [x.clone() for x in tensors]
+        result = function(*args, **kwargs)
+        kept = all(torch.equal(x, y) for x, y in zip(tensors, copies, strict=True))
+        require(kept, "your function changed a tensor that it was given: work on a copy")
+        return result
+
+    return call
+
+
 def unpack(got: Any, count: int, what: str) -> tuple[Any, ...]:
-    """A learner's tuple (or list) of ``count`` things; Fail if it is not one."""
-    if not isinstance(got, (tuple, list)) or len(got) != count:
+    """A learner's tuple, list, array or tensor of ``count`` things; Fail if it is not one."""
+    array = isinstance(got, (Tensor, np.ndarray)) and got.ndim > 0
+    if not (array or isinstance(got, (tuple, list))) or len(got) != count:
         raise Fail(f"{what}: expected a tuple of {count}, got {describe(got)}")
     return tuple(got)
 
@@ -128,10 +177,9 @@ def describe(x: Any) -> str:
 
 def show(x: Tensor) -> str:
     """Up to eight entries of a tensor, four digits each."""
-    x = x.detach()
+    entries = [f"{0.0 if abs(v) < 1e-12 else v:.4g}" for v in x.detach().flatten()[:8].tolist()]
     if x.ndim == 0:
-        return f"{x.item():.4g}"
-    entries = [f"{v:.4g}" for v in x.flatten()[:8].tolist()]
+        return entries[0]
     return "[" + ", ".join(entries) + (", ...]" if x.numel() > 8 else "]")
 
 
@@ -170,17 +218,28 @@ def numbers(*shape: int) -> Callable[[Any], Tensor]:
     return accept
 
 
-def lines(count: int) -> Callable[[Any], frozenset[int]]:
-    """Accept a set (or list) of line numbers from 1 to ``count``."""
+def lines(count: int, noun: str, example: str) -> Callable[[Any], frozenset[int]]:
+    """Accept a set, or any other collection, of the numbers of lines (or of what ``noun`` says) from 1 to ``count``."""
 
     def accept(answer: Any) -> frozenset[int]:
-        if isinstance(answer, Tensor):
+        if isinstance(answer, (Tensor, np.ndarray)):
             answer = answer.tolist()
-        if not isinstance(answer, (set, frozenset, list, tuple)) or not answer:
-            raise Fail(f"expected a set of line numbers such as {{1, 3}}, got {describe(answer)}")
-        if any(type(n) is not int or not 1 <= n <= count for n in answer):
-            raise Fail(f"line numbers are whole numbers from 1 to {count}")
-        return frozenset(answer)
+        try:
+            again = not isinstance(answer, (str, bytes, dict)) and iter(answer) is not answer
+            found = list(itertools.islice(answer, 1000)) if again else None
+        except Exception:
+            found = None
+        if found is None:
+            raise Fail(f"expected a set of {noun} numbers, in the form {example}, got {describe(answer)}")
+        if not found:
+            raise Fail(f"your set is empty: at least one {noun} belongs in it")
+        try:
+            whole = all(not isinstance(n, bool) and n == int(n) and 1 <= n <= count for n in found)
+        except Exception:
+            whole = False
+        if not whole:
+            raise Fail(f"{noun} numbers are whole numbers from 1 to {count}")
+        return frozenset(int(n) for n in found)
 
     return accept
 

@@ -19,8 +19,9 @@ import torch
 from rlhfkit.homework.comparisons import (
     Fail,
     NotAnswered,
+    Stop,
+    blank,
     describe,
-    is_blank,
     same,
     shorten,
 )
@@ -147,8 +148,8 @@ class Question:
             NotAnswered: if it is blank.
             Fail: if it is not the kind of object that is asked for.
         """
-        if is_blank(answer):
-            raise NotAnswered
+        if missing := blank(answer):
+            raise NotAnswered(missing)
         if self.accept is not None:
             return self.accept(answer)
         if not callable(answer):
@@ -164,8 +165,8 @@ class _Guarded:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self.function(*args, **kwargs)
-        if is_blank(result):
-            raise NotAnswered
+        if missing := blank(result):
+            raise NotAnswered(missing)
         return result
 
 
@@ -177,8 +178,10 @@ def judge(question: Question, answer: Any, case: Case) -> Verdict:
     try:
         with _fresh_torch(seed=0):
             case.judge(question.prepare(answer))
-    except NotAnswered:
-        return Verdict(False, "not answered yet", blank=True)
+    except Stop:
+        raise
+    except NotAnswered as nothing:
+        return Verdict(False, str(nothing), blank=True)
     except Fail as fail:
         return Verdict(False, shorten(str(fail), 400))
     except NotImplementedError:

@@ -121,7 +121,8 @@ def grade(submissions: Path, output: Path, seconds: float = SECONDS_PER_NOTEBOOK
     Args:
         submissions: folder with ``NAME.ipynb`` or ``NAME/....ipynb``.
         output: the CSV to write: ``who``, ``file``, ``total``, ``of``, one column per question (empty where the
-            notebook's homework does not have it), ``error``.
+            notebook's homework does not have it), ``error``. Which homework it is says the file name (``hw02...``),
+            else the questions that are checked in it, else the other files if they agree.
         seconds: limit for one notebook.
 
     Returns:
@@ -138,6 +139,11 @@ def grade(submissions: Path, output: Path, seconds: float = SECONDS_PER_NOTEBOOK
         inside = file.relative_to(submissions)
         row = {"who": inside.parts[0] if len(inside.parts) > 1 else file.stem, "file": str(inside)}
         rows.append(row | _grade_file(file, seconds))
+    known = {tuple(q for q in QUESTIONS if q in row) for row in rows} - {()}
+    if len(known) == 1:
+        (ids,) = known
+        for row in rows:
+            row |= {} if row["of"] else _points([QUESTIONS[q] for q in ids], {})
     used = [q for q in QUESTIONS if any(q in row for row in rows)]
     with output.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, ["who", "file", "total", "of", *used, "error"], restval="")
@@ -146,20 +152,27 @@ def grade(submissions: Path, output: Path, seconds: float = SECONDS_PER_NOTEBOOK
     return rows
 
 
+def _points(questions: list[Question], scores: dict[str, int]) -> dict[str, Any]:
+    """``total``, ``of`` and the points of each question; a question without a score counts 0."""
+    points = {q.id: scores.get(q.id, 0) for q in questions}
+    return {"total": sum(points.values()), "of": sum(q.points for q in questions), **points}
+
+
 def _grade_file(file: Path, seconds: float) -> dict[str, Any]:
+    number = re.match(r"hw(\d+)", file.name)
+    named = [question for question in QUESTIONS.values() if number and question.chapter == int(number[1])]
     try:
         notebook = json.loads(file.read_text(encoding="utf-8"))
         cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return {"total": 0, "of": 0, "error": f"not a notebook: {type(error).__name__}: {error}"}
+        return {**_points(named, {}), "error": f"not a notebook: {type(error).__name__}: {error}"}
     asked = set(re.findall(r"""check\(\s*["'](\w+)["']""", "\n".join(cells)))
     chapters = {question.chapter for question in QUESTIONS.values() if question.id in asked}
-    questions = [question for question in QUESTIONS.values() if question.chapter in chapters]
+    questions = named or [question for question in QUESTIONS.values() if question.chapter in chapters]
     if not questions:
         return {"total": 0, "of": 0, "error": "no homework question is checked in this notebook"}
     scores, problem = _run_apart(file, cells, questions, seconds)
-    points = {q.id: scores.get(q.id, 0) for q in questions}
-    return {"total": sum(points.values()), "of": sum(q.points for q in questions), **points, "error": problem}
+    return {**_points(questions, scores), "error": problem}
 
 
 def _run_apart(file: Path, cells: list[str], questions: list[Question], seconds: float) -> tuple[dict[str, int], str]:

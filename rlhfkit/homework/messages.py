@@ -66,7 +66,7 @@ def checked(question: Question, verdicts: list[Verdict], matches: list[str]) -> 
     got = sum(case.points for case, v in zip(question.cases, verdicts, strict=False) if v.passed)
     message = Message(f"{question.id}  {question.title}: {got}/{question.points}")
     if verdicts[0].blank and len(verdicts) == 1:
-        message.add("FAIL", "not answered yet (it is blank, or returns None)")
+        message.add("FAIL", verdicts[0].message)
         return message
     problems = {v.message for v in verdicts}
     if len(problems) == 1 and not verdicts[0].passed and len(verdicts) > 1:

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from rlhfkit.homework.comparisons import Stop
 from rlhfkit.homework.core import Question, Verdict, diagnose, judge_all
 
 SECONDS_PER_CASE = 5.0
@@ -216,10 +217,6 @@ def _limit_memory() -> None:
 # -- in a thread, where there is no fork -----------------------------------------------------------------
 
 
-class _Stop(BaseException):
-    """Thrown into a thread that has run for too long."""
-
-
 def _in_thread(question: Question, answer: Any, todo: list[int]) -> Iterator[dict[str, Any]]:
     messages: queue.Queue[dict[str, Any]] = queue.Queue()
 
@@ -243,6 +240,6 @@ def _in_thread(question: Question, answer: Any, todo: list[int]) -> Iterator[dic
         yield {"stopped": f"your code was stopped after {SECONDS_PER_CASE:g} s (an endless loop?)"}
     finally:
         if thread.is_alive() and thread.ident is not None:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_Stop))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Stop))
             thread.join(0.5)
         sys.stdout, sys.stderr = out, err

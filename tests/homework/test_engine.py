@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,7 +126,13 @@ def test_bad_numbers_get_no_point(answer, capsys):
 
 def test_a_partly_blank_table_is_not_answered(capsys):
     assert homework.check("value_baseline_variance", [0.0009, ..., 0.0]) == 0
-    assert "not answered yet" in capsys.readouterr().out
+    assert "not answered yet: part 2 of your answer is still blank" in capsys.readouterr().out
+    assert homework.check("three_gradients", [[0, 0, 0], [0.1, None, 0], None]) == 0
+    assert "parts 2, 3 of your answer are still blank" in capsys.readouterr().out
+    assert homework.check("surrogate_value", lambda probs, shift: (shift, ..., 0)) == 0
+    assert "part 2 of your answer is still blank" in capsys.readouterr().out
+    assert homework.check("value_baseline_variance", [..., ..., ...]) == 0
+    assert "not answered yet (it is blank" in capsys.readouterr().out
 
 
 def test_an_exception_names_the_line_of_the_learner(capsys):
@@ -202,6 +210,14 @@ def test_without_fork_a_thread_judges_and_stops_an_endless_loop(capsys, monkeypa
     assert "SystemExit" in out
 
 
+def test_without_fork_no_stopped_answer_goes_on_in_the_background(monkeypatch):
+    monkeypatch.delattr(os, "fork")
+    monkeypatch.setattr(run_limits, "SECONDS_PER_CASE", 0.5)
+    before = set(threading.enumerate())
+    homework.check("policy_gradient", endless, verbose=False)
+    assert set(threading.enumerate()) <= before
+
+
 def test_when_fork_fails_a_thread_judges(capsys, monkeypatch):
     def no_fork():
         raise BlockingIOError(11, "Resource temporarily unavailable")
@@ -211,8 +227,100 @@ def test_when_fork_fails_a_thread_judges(capsys, monkeypatch):
 
 
 def test_an_unknown_question_is_a_clear_error():
-    with pytest.raises(ValueError, match="'gea', expected one of policy_gradient"):
+    with pytest.raises(ValueError, match=r"got 'gea'; did you mean 'gae'\? The questions are policy_gradient"):
         homework.check("gea", None)
+    with pytest.raises(ValueError, match="did you mean 'policy_gradient'"):
+        homework.hint("policy_gradiant")
+    with pytest.raises(ValueError, match="got 'x'; The questions are"):
+        homework.solution("x")
+
+
+def test_exchanged_arguments_are_a_clear_error():
+    with pytest.raises(ValueError, match="got a function, expected text: the question's name comes first"):
+        homework.check(lambda scores: scores, "group_baseline")
+
+
+# -- what is accepted as an answer, and what earns nothing ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer", [range(1, 6, 2), np.array([1.0, 3.0, 5.0]), torch.tensor([5, 3, 1]), {1: 0}.keys() | {3, 5}]
+)
+def test_any_collection_of_whole_numbers_is_a_set_of_terms(answer):
+    assert homework.check("dynamics_drop_out", answer, verbose=False) == 2
+
+
+@pytest.mark.parametrize(
+    "answer", ["135", b"135", {1: 1, 3: 1, 5: 1}, (n for n in (1, 3, 5)), [True, 3, 5], [[1, 3, 5]]]
+)
+def test_other_things_are_no_set_of_terms(answer, capsys):
+    assert homework.check("dynamics_drop_out", answer) == 0
+    out = capsys.readouterr().out
+    assert "term numbers" in out and "line" not in out
+
+
+def test_an_empty_set_says_so(capsys):
+    assert homework.check("dynamics_drop_out", set()) == 0
+    assert "your set is empty: at least one term belongs in it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", [list, np.array, torch.tensor])
+def test_a_table_may_be_any_array(form):
+    orders = [[1.0, 0.9, 0.5, 0.0], [0.0, 0.5, 0.9, 1.0]]
+    assert homework.check("lambda_order", form(orders), verbose=False) == 2
+
+
+@pytest.mark.parametrize(
+    ("question_id", "wrong", "answers"),
+    [
+        ("bellman_numbers", [0, 0, 0], [", expected", " 4", " 3", "-2"]),
+        ("value_baseline_variance", [1, 1, 1], [", expected", "0.0009", "0.0576", "e-"]),
+        ("baseline_dependence", [9, 9, 9, 9, 9, 8], [", expected", "0.5", "0.75"]),
+        ("three_gradients", [[9, 9, 8]] * 3, [", expected", "0.45", "0.42"]),
+    ],
+)
+def test_a_wrong_number_is_not_answered_with_the_right_one(question_id, wrong, answers, capsys):
+    assert homework.check(question_id, wrong) == 0
+    out = capsys.readouterr().out
+    assert out.count(": not right") == len(QUESTIONS[question_id].cases)
+    assert [answer for answer in answers if answer in out] == []
+
+
+def test_the_formula_of_the_best_baseline_is_in_no_message_before_hint_3(capsys):
+    homework.check("best_baseline", lambda probs, scores: scores[0])
+    homework.hint("best_baseline", 1)
+    homework.hint("best_baseline", 2)
+    out = capsys.readouterr().out
+    assert "E[|g|^2" not in out and "1_y - pi" not in out
+
+
+def _as_first(value):
+    return lambda x, *_, **__: torch.full_like(x, value)
+
+
+@pytest.mark.parametrize(
+    ("question_id", "answer"),
+    [
+        ("policy_gradient", _as_first(0.0)),
+        ("score_zero", lambda x: torch.zeros(len(x), len(x))),
+        ("score_zero", lambda x: x.softmax(0) - torch.eye(len(x))),
+        ("update_rule", _as_first(math.nan)),
+        ("update_rule", _as_first(0.0)),
+        ("three_gradients", [[0, 0, 0]] * 3),
+        ("group_baseline", lambda scores: scores),
+        ("reinforce_surrogate", lambda logprobs, rewards, mask: 0 * logprobs.sum()),
+        ("value_baseline_variance", [0, 0, 0]),
+        ("baseline_dependence", [1] * 6),
+        ("dynamics_drop_out", {1}),
+        ("dynamics_drop_out", {1, 2, 3, 4, 5, 6}),
+        ("advantage_definition", lambda probs, values: torch.zeros_like(values)),
+        ("gae", lambda rewards, values, **_: (rewards * 0, values * 0)),
+        ("surrogate_value", lambda probs, shift: (0, 0, 0)),
+        ("whiten_mask", _as_first(0.0)),
+    ],
+)
+def test_an_answer_without_content_earns_nothing(question_id, answer):
+    assert homework.check(question_id, answer, verbose=False) == 0
 
 
 # -- messages ------------------------------------------------------------------------------------------------------
@@ -307,8 +415,8 @@ def test_grade_case_raises_for_the_failing_case_only():
         homework.grade_case("gae", 4, mistake.answer)
     with pytest.raises(AssertionError, match="not answered yet"):
         homework.grade_case("gae", 4, ...)
-    with pytest.raises(ValueError, match="expected a case from 1 to 6"):
-        homework.grade_case("gae", 7, mistake.answer)
+    with pytest.raises(ValueError, match="expected a case from 1 to 7"):
+        homework.grade_case("gae", 8, mistake.answer)
 
 
 # -- progress ------------------------------------------------------------------------------------------------------

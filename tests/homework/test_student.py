@@ -82,6 +82,7 @@ def test_the_student_notebook_is_unexecuted_and_gives_nothing_away(name):
     for question in questions_of(name):
         last = question.reference_source.splitlines()[-1].strip()
         assert last not in text
+    assert "E[|g|^2" not in text and "Q(s, a) - V(s)" not in text and "learning_rate * J" not in text
 
 
 def run(notebook, folder, state):
@@ -145,9 +146,7 @@ def test_a_folder_of_submissions_becomes_a_csv_and_a_broken_one_does_not_stop_it
         if cell.source.startswith("def gae("):
             cell.source = "1 / 0\n"
         if cell.source.startswith("def leave_one_out_baseline"):
-            cell.source = (
-                "def leave_one_out_baseline(scores):\n    return scores.mean(1, keepdim=True).expand_as(scores)"
-            )
+            cell.source = "def leave_one_out_baseline(scores):\n    return scores.roll(-1, 1)"
     nbformat.write(partly, tmp_path / "cleo" / name)
     fatal = solved(name)
     fatal.cells[-1].source = "import os; os._exit(7)"
@@ -163,8 +162,42 @@ def test_a_folder_of_submissions_becomes_a_csv_and_a_broken_one_does_not_stop_it
     assert cleo["who"] == "cleo" and int(cleo["total"]) == full - 8 - 2
     assert (cleo["gae"], cleo["group_baseline"]) == ("0", "1")  # partial credit, by case
     assert "ZeroDivisionError" in cleo["error"]
-    assert dan["total"] == "0" and "exit code 7" in dan["error"]
-    assert eve["total"] == "0" and "not a notebook" in eve["error"]
+    assert (dan["total"], dan["of"]) == ("0", str(full)) and "exit code 7" in dan["error"]
+    assert (eve["total"], eve["of"], eve["gae"]) == ("0", str(full), "0") and "not a notebook" in eve["error"]
+
+
+def code(source):
+    return {"cell_type": "code", "source": source}
+
+
+FIRST = code("from rlhfkit.homework import check\nvalues, orders = [4, 3, -2], 0")
+SUBMISSIONS = {
+    "later-none.ipynb": [code('check("bellman_numbers", values)'), code("values = None")],
+    "later-blank.ipynb": [code('check("bellman_numbers", values)'), code('check("bellman_numbers", None)')],
+    "last-counts.ipynb": [code('check("bellman_numbers", values)'), code('check("bellman_numbers", [4, 3, 0])')],
+    "once-right.ipynb": [code('check("bellman_numbers", [0, 0, 0])'), code('check("bellman_numbers", values)')],
+    "hw03_no_checks.ipynb": [],
+    "hw03_few_checks.ipynb": [code('check("lambda_order", orders)')],
+}
+
+
+def test_the_answer_counts_as_it_was_at_the_last_check(tmp_path):
+    for name, cells in SUBMISSIONS.items():
+        (tmp_path / name).write_text(json.dumps({"cells": [FIRST, *cells]}), encoding="utf-8")
+    (tmp_path / "unreadable.ipynb").write_text("[1]", encoding="utf-8")
+    rows = {row["file"]: row for row in instructor.grade(tmp_path, tmp_path / "scores.csv", seconds=60.0)}
+    full = sum(question.points for question in QUESTIONS.values() if question.chapter == 3)
+    assert {row["of"] for row in rows.values()} == {full}  # known from the name, from the checks, or from the others
+    assert {name: row["total"] for name, row in rows.items()} == {
+        "later-none.ipynb": 3,
+        "later-blank.ipynb": 3,
+        "last-counts.ipynb": 2,
+        "once-right.ipynb": 3,
+        "hw03_no_checks.ipynb": 3,  # never checked: the variable at the end
+        "hw03_few_checks.ipynb": 3,
+        "unreadable.ipynb": 0,
+    }
+    assert [name for name, row in rows.items() if row["error"]] == ["unreadable.ipynb"]
 
 
 def test_a_submission_that_never_ends_is_stopped(tmp_path):

@@ -14,8 +14,10 @@ from rlhfkit.homework.comparisons import (
     Fail,
     as_tensor,
     expect_close,
+    expect_shape,
     gradient,
     gradient_or_none,
+    keeps_inputs,
     lines,
     numbers,
     require,
@@ -79,13 +81,15 @@ def _(f: Any) -> None:
 @pg.case("equal scores give gradient 0", 1, "if all responses are equally good there is nothing to learn")
 def _(f: Any) -> None:
     expect_close(f(_normal(2, 4, seed=7), torch.full((2, 4), 3.0)), torch.zeros(2, 4), "gradient when all scores are 3")
+    other = as_tensor(f(_normal(2, 4, seed=7), _normal(2, 4, seed=8)), "gradient")
+    require(other.abs().max() > 1e-3, "the gradient is 0 when the scores differ, too")
 
 
 @pg.case("a small step along it raises J", 1, "you go up, so J must go up")
 def _(f: Any) -> None:
     logits, scores = _normal(2, 5, seed=8), _normal(2, 5, seed=9)
     step = as_tensor(f(logits.clone(), scores.clone()), "gradient")
-    expect_close(torch.tensor(step.shape), torch.tensor((2, 5)), "shape of the gradient")
+    expect_shape(step, (2, 5), "gradient")
 
     def j(x: Tensor) -> float:
         return (x.double().softmax(-1) * scores).sum(-1).mean().item()
@@ -178,7 +182,7 @@ pg.right("matrix form, diag(pi) - pi pi^T", _by_jacobian)
 pg.right("numpy", _by_numpy)
 
 
-# -- the score, and its expectation ----------------------------------------------------------------------
+# -- the score function, and its expectation -------------------------------------------------------------
 
 
 def score_matrix(logits):  # type: ignore[no-untyped-def]
@@ -188,7 +192,7 @@ def score_matrix(logits):  # type: ignore[no-untyped-def]
 
 sz = Question(
     id="score_zero",
-    title="the score, whose expectation is 0",
+    title="the score function, whose expectation is 0",
     chapter=2,
     kind="symbolic",
     theory=True,
@@ -201,32 +205,39 @@ sz = Question(
         "Row y is 1_y - pi. Its mean is sum_y pi(y) (1_y - pi) = pi - pi = 0.",
     ),
     explanation="d log pi(y) / d logits = 1_y - pi. The mean is pi - pi = 0: probabilities sum to 1 whatever the "
-    "logits are, so sum_y grad pi(y) = 0, and grad pi = pi grad log pi. With the score s = 1 for all responses J is "
+    "logits are, so sum_y grad pi(y) = 0, and grad pi = pi grad log pi. If every response scores 1, J is "
     "the constant 1, so its gradient, E[grad log pi], is 0.",
     probes=lambda f: [f(T([0.3, -1.0, 0.8])), f(_normal(4, seed=3))],
 )
 
 
-@sz.case("its mean under the policy is 0", 2, "weigh row y with pi(y) and add up the rows")
+def _rows(f: Any, logits: Tensor) -> Tensor:
+    """The learner's table, if it has the shape and the signs of a score function."""
+    rows = as_tensor(f(logits.clone()), "your table")
+    expect_shape(rows, (len(logits), len(logits)), "your table")
+    diagonal = rows.diagonal().min().item()
+    require(diagonal > 0, f"raising logits[y] raises log pi(y), but an entry (y, y) of your table is {diagonal:.4g}")
+    return rows
+
+
+@sz.case("its mean under the policy is 0", 1, "weigh row y with pi(y) and add up the rows")
 def _(f: Any) -> None:
     for logits in (T([0.5, 0.3, 0.2]).log(), _normal(5, seed=4)):
-        rows = as_tensor(f(logits.clone()), "your scores")
-        expect_close(torch.tensor(rows.shape), torch.tensor((len(logits),) * 2), "shape of your scores")
+        rows = _rows(f, logits)
         expect_close(logits.double().softmax(0) @ rows, torch.zeros(len(logits)), "sum over y of pi(y) times row y")
 
 
 @sz.case("each row sums to 0: a shift of all logits changes nothing", 1, "softmax(x + c) = softmax(x)")
 def _(f: Any) -> None:
-    rows = as_tensor(f(_normal(4, seed=5)), "your scores")
-    expect_close(torch.tensor(rows.shape), torch.tensor((4, 4)), "shape of your scores")
+    rows = _rows(f, _normal(4, seed=5))
     expect_close(rows.sum(1), torch.zeros(4), "sums of the rows")
 
 
-@sz.case("equals autograd, row by row", 2, "row y is the gradient of log pi(y)")
+@sz.case("equals autograd, row by row", 3, "row y is the gradient of log pi(y)")
 def _(f: Any) -> None:
     logits = _normal(4, seed=6)
     want = torch.autograd.functional.jacobian(lambda x: x.log_softmax(0), logits)
-    expect_close(f(logits.clone()), want, "your scores")
+    expect_close(f(logits.clone()), want, "your table")
 
 
 def _jacobian_of_pi(logits: Tensor) -> Tensor:
@@ -253,7 +264,7 @@ sz.wrong(
 )
 sz.wrong(
     "zero-itself",
-    "the expectation of the score is 0, the score of one response is not",
+    "the expectation of the score function is 0, its value for one response is not",
     lambda x: torch.zeros(len(x), len(x)),
 )
 sz.right("jacobian", lambda x: torch.autograd.functional.jacobian(lambda z: z.double().log_softmax(0), x))
@@ -271,7 +282,7 @@ pl = Question(
     variable="false_lines",
     reference={2, 4, 5},
     reference_source="false_lines = {2, 4, 5}",
-    accept=lines(8),
+    accept=lines(8, "line", "{1, 8}"),
     hints=(
         "Test each line on pi = (0.5, 0.3, 0.2), r = (1, 2, 4), where the gradient is (-0.45, 0.03, 0.42).",
         "Two questions for every expectation: does what stands inside contain the parameters, and how often does pi "
@@ -318,6 +329,8 @@ pl.wrong(
 )
 pl.wrong("line-3", "the derivative of a finite sum is the sum of the derivatives, so line 3 is true", {2, 3, 4, 5})
 pl.right("a list", [5, 4, 2])
+pl.right("numpy integers", np.array([2, 4, 5]))
+pl.right("floats", {2.0, 4.0, 5.0})
 
 
 # -- which factors of a trajectory's probability drop out ------------------------------------------------
@@ -331,7 +344,7 @@ df = Question(
     variable="no_gradient",
     reference={1, 3, 5},
     reference_source="no_gradient = {1, 3, 5}",
-    accept=lines(6),
+    accept=lines(6, "term", "{2, 7}"),
     hints=(
         "Which of the six terms contain the parameters of the policy?",
         "The environment draws the first state and every next state, and it does not know the parameters.",
@@ -347,24 +360,36 @@ df = Question(
 def _(found: Any) -> None:
     for term in sorted(found & {2, 4, 6}):
         require(False, f"term {term} is a log-probability of the policy: it has a gradient")
+    require(len(found) > 1, "a single term is not all that the environment decides")
 
 
 @df.case("every term of the environment is dropped", 1, "what draws the first state? what draws the next one?")
 def _(found: Any) -> None:
     missing = len({1, 3, 5} - found)
+    require(len(found) < 6, "some of the six terms have a gradient")
     require(not missing, f"{missing} of 3 terms of the environment not found")
 
 
 df.wrong("opposite", "these are the terms that do carry the gradient", {2, 4, 6})
-df.wrong("start-only", "the transitions drop out as well: they do not contain the parameters", {1})
+df.wrong(
+    "start-only",
+    "the next state depends on the action, yet given state and action its probability has no parameters",
+    {1},
+)
 df.wrong("transitions-only", "the first state drops out as well", {3, 5})
 df.wrong(
-    "none",
-    "the next state depends on the action, yet given state and action its probability has no parameters",
+    "later-actions",
+    "terms 4 and 6 are the policy's: a later action still contains the parameters",
     {1, 3, 5, 4, 6},
+)
+df.wrong(
+    "transitions-for-actions",
+    "you kept the transitions and dropped the later actions: only the actions contain the parameters",
+    {1, 4, 6},
 )
 df.wrong("past", "terms of the past are not constants: only the environment's are", {1, 2, 3})
 df.right("a tuple", (1, 3, 5))
+df.right("a range", range(1, 6, 2))
 
 
 # -- reward-to-go ----------------------------------------------------------------------------------------
@@ -387,7 +412,8 @@ _M = [[True, True, False, True], [True, True, True, False]]
 
 
 def _to_go_probe(f: Any) -> list[Any]:
-    return [f(T(_R)), f(T(_R), gamma=0.5), f(T(_R), mask=T(_M), gamma=0.8)]
+    rewards = T(_R)
+    return [f(T(_R)), f(T(_R), gamma=0.5), f(rewards, mask=T(_M), gamma=0.8), rewards]
 
 
 rg = Question(
@@ -417,21 +443,26 @@ def _(f: Any) -> None:
 
 @rg.case("the discount counts from the step itself", 1, "whatever t is, r_t has weight 1 in G_t")
 def _(f: Any) -> None:
-    got = f(T([[0.0, 0.0, 8.0], [4.0, 2.0, 1.0]]), gamma=0.5)
+    got = keeps_inputs(f)(T([[0.0, 0.0, 8.0], [4.0, 2.0, 1.0]]), gamma=0.5)
     expect_close(got, T([[2.0, 4.0, 8.0], [5.25, 2.5, 1.0]]), "gamma 0.5")
 
 
-@rg.case("padding adds nothing, whatever it holds, and gets 0", 2, "multiply nothing by a mask that you can skip")
+@rg.case("padding adds nothing, whatever finite numbers it holds, and gets 0", 2, "leave masked steps out of the sum")
 def _(f: Any) -> None:
-    mask = T([[True, True, False, False]])
-    got = f(T([[1.0, 2.0, 50.0, -70.0]]), mask=mask, gamma=1.0)
-    expect_close(got, T([[3.0, 2.0, 0.0, 0.0]]), "rewards (1, 2, padding, padding)")
+    mask = T([[True, True, False, False], [True, True, True, True], [True, True, True, False]])
+    rewards = T([[1.0, 2.0, 50.0, -70.0], [1.0, 2.0, 3.0, 4.0], [5.0, 0.0, 2.0, 90.0]])
+    got = as_tensor(keeps_inputs(f)(rewards, mask=mask, gamma=1.0), "rewards to go")
+    expect_shape(got, (3, 4), "rewards to go")
+    expect_close(got[0], T([3.0, 2.0, 0.0, 0.0]), "rewards (1, 2, padding, padding) in a batch of three")
+    expect_close(got[1], T([10.0, 9.0, 7.0, 4.0]), "rewards (1, 2, 3, 4) in the same batch")
+    expect_close(got[2], T([7.0, 2.0, 2.0, 0.0]), "rewards (5, 0, 2, padding) in the same batch")
 
 
 @rg.case("a masked step is skipped: it costs no discount", 1, "the next step that counts is one step away")
 def _(f: Any) -> None:
-    got = f(T([[1.0, 9.0, 4.0]]), mask=T([[True, False, True]]), gamma=0.5)
-    expect_close(got, T([[3.0, 0.0, 4.0]]), "rewards (1, masked, 4), gamma 0.5")
+    mask = T([[True, False, True], [False, True, True]])
+    got = f(T([[1.0, 9.0, 4.0], [9.0, 2.0, 8.0]]), mask=mask, gamma=0.5)
+    expect_close(got, T([[3.0, 0.0, 4.0], [0.0, 6.0, 8.0]]), "rewards (1, masked, 4) and (masked, 2, 8), gamma 0.5")
 
 
 def _to_go(
@@ -469,6 +500,30 @@ def _to_go_twice(rewards: Tensor, mask: Tensor | None = None, gamma: float = 1.0
     return once(once(rewards, mask, gamma), mask, gamma)
 
 
+def _to_go_first_mask(rewards: Tensor, mask: Tensor | None = None, gamma: float = 1.0) -> Tensor:
+    return rewards_to_go(rewards, None if mask is None else mask[:1].expand_as(rewards), gamma)  # type: ignore[no-any-return]
+
+
+def _to_go_not_reset(rewards: Tensor, mask: Tensor | None = None, gamma: float = 1.0) -> Tensor:
+    if mask is None:
+        return rewards_to_go(rewards, None, gamma)  # type: ignore[no-any-return]
+    out, total = torch.zeros_like(rewards), torch.zeros(())
+    for b, t in itertools.product(range(len(rewards)), reversed(range(rewards.shape[1]))):
+        if mask[b, t]:
+            total = rewards[b, t] + gamma * total
+            out[b, t] = total
+    return out
+
+
+def _to_go_in_place(rewards: Tensor, mask: Tensor | None = None, gamma: float = 1.0) -> Tensor:
+    if mask is not None:
+        rewards *= mask
+    return rewards_to_go(rewards, mask, gamma)  # type: ignore[no-any-return]
+
+
+rg.wrong("first-mask-for-all", "the mask of the first episode is used for all of them", _to_go_first_mask)
+rg.wrong("not-reset", "the sum carried back goes on from one episode to the next: start at 0 in each", _to_go_not_reset)
+rg.wrong("in-place", "you changed the rewards of the caller: work on a copy", _to_go_in_place)
 rg.wrong("summed-twice", "you summed the sums: late rewards are counted several times", _to_go_twice, "W-PG-8")
 for _name, _says, _options in [
     ("whole-return", "every step got the return of the whole episode; the past must drop out", {"whole": True}),
@@ -641,7 +696,7 @@ rs = Question(
 )
 
 
-@rs.case("each score is weighted with its own reward-to-go", 2, "the product stands inside the sum over time")
+@rs.case("each log-probability is weighted with its own reward-to-go", 2, "the product stands inside the sum over time")
 def _(f: Any) -> None:
     expect_close(_slope(f, T([[1.0, 2.0, 3.0]])), T([[-6.0, -5.0, -3.0]]), "gradient, one episode, rewards (1, 2, 3)")
 
@@ -669,7 +724,8 @@ def _(f: Any) -> None:
     rewards = T([[1.0, 2.0, 3.0]]).requires_grad_()
     logprobs = T([[-0.5, -1.0, -0.2]]).requires_grad_()
     value = f(logprobs, rewards, T([[True, True, True]]))
-    gradient(value, logprobs, "gradient in logprobs")
+    steps = gradient(value, logprobs, "gradient in logprobs")
+    require(steps.max() > steps.min(), "every step has the same gradient in logprobs: the rewards play no part")
     (slope,) = torch.autograd.grad(value.sum(), rewards, allow_unused=True)
     steepest = 0.0 if slope is None else slope.abs().max().item()
     require(steepest == 0.0, f"the gradient in rewards must be 0, got {steepest:.4g}")
@@ -739,7 +795,7 @@ rs.plant(
     ("sign", "the minus is missing: a step down this loss is a step down J", _s_sign, "common"),
     (
         "product-of-sums",
-        "(sum of scores) x (sum of rewards-to-go): the product belongs inside the sum",
+        "(sum of score functions) x (sum of rewards-to-go): the product belongs inside the sum",
         _s_product,
         "W-PG-7",
     ),
@@ -769,13 +825,13 @@ rs.plant(
     ),
     (
         "whole-return",
-        "every score got the whole return: right on average, but the past adds variance",
+        "every score function got the whole return: right on average, but the past adds variance",
         _s_whole,
         "common",
     ),
     (
         "immediate-reward",
-        "a score got the reward of its own step only; its action earns later ones too",
+        "a score function got the reward of its own step only; its action earns later ones too",
         _s_immediate,
         "common",
     ),
@@ -809,7 +865,7 @@ rs.right("loops", _loop_form)
 
 
 def ascent_step(theta, objective, learning_rate):  # type: ignore[no-untyped-def]
-    """One step up: theta + learning_rate * J'(theta), J = objective. (D,) -> (D,), theta is left as it was."""
+    """Parameters after one step of gradient ascent on objective. (D,) -> (D,); theta is left as it was."""
     point = theta.detach().clone().requires_grad_()
     (slope,) = torch.autograd.grad(objective(point), point)
     return theta + learning_rate * slope
@@ -828,7 +884,9 @@ def _step_probe(f: Any) -> list[Any]:
     for objective, start in ((_expected_score, T([0.1, -0.2, 0.3])), (_cubic, T([1.0, 2.0, -0.5]))):
         theta = start.clone()
         new = f(theta, objective, 0.3)
-        out += [new, theta, "graph" if isinstance(new, Tensor) and new.requires_grad else "no graph"]
+        out += [new, theta.detach().clone(), "graph" if isinstance(new, Tensor) and new.requires_grad else "no graph"]
+        again = f(theta, objective, 0.3)
+        out += [again.detach().clone() if isinstance(again, Tensor) else again, f"{theta.requires_grad}"]
     return out
 
 
@@ -856,7 +914,7 @@ us = Question(
 def _(f: Any) -> None:
     theta = T([0.1, -0.2, 0.3])
     new = as_tensor(f(theta.clone(), _expected_score, 0.05), "new parameters")
-    expect_close(torch.tensor(new.shape), torch.tensor((3,)), "shape of the new parameters")
+    expect_shape(new, (3,), "new parameters")
     before, after = _expected_score(theta.double()).item(), _expected_score(new).item()
     require(after > before, f"J went from {before:.5f} to {after:.5f}")
 
@@ -872,9 +930,14 @@ def _(f: Any) -> None:
     theta = T([1.0, 2.0, -0.5])
     new = f(theta, _cubic, 0.1)
     require(isinstance(new, Tensor) and new.shape == theta.shape, "expected a tensor with the shape of theta")
+    require(torch.isfinite(new).all(), "the new parameters are not finite")
     expect_close(theta, T([1.0, 2.0, -0.5]), "theta after the call")
     require(not new.requires_grad, "the new parameters still carry the graph of the old ones")
     require(not torch.equal(new, theta), "the parameters did not move")
+    require(not theta.requires_grad, "theta requires a gradient after the call, and did not before")
+    require(theta.grad is None, "theta holds a gradient after the call, and did not before")
+    expect_close(f(theta, _cubic, 0.1), new, "new parameters of a second, equal call against the first")
+    require(not torch.equal(f(theta, _cubic, 0.2), new), "the learning rate plays no part")
 
 
 def _slope_of(theta: Tensor, objective: Any, graph: bool = False) -> tuple[Tensor, Tensor]:
@@ -889,6 +952,13 @@ def _second_derivative(theta: Tensor, objective: Any, rate: float) -> Tensor:
 
 def _in_place(theta: Tensor, objective: Any, rate: float) -> Tensor:
     return theta.add_(rate * _slope_of(theta, objective)[1])
+
+
+def _accumulating(theta: Tensor, objective: Any, rate: float) -> Tensor:
+    theta.requires_grad_()
+    objective(theta).backward()
+    assert theta.grad is not None
+    return (theta + rate * theta.grad).detach()
 
 
 def _with_graph(theta: Tensor, objective: Any, rate: float) -> Tensor:
@@ -919,6 +989,12 @@ us.plant(
         "common",
     ),
     ("in-place", "you changed theta in place, so the caller's old parameters are gone", _in_place, "common"),
+    (
+        "gradient-kept-on-theta",
+        "you left a gradient on theta itself: the next call adds to it, so work on a copy",
+        _accumulating,
+        "common",
+    ),
     (
         "graph-kept",
         "the result still carries the graph of the old parameters, which grows with every step",
@@ -970,7 +1046,7 @@ tg = Question(
     accept=numbers(3, 3),
     hints=(
         "Take the three one at a time: what is differentiated, and where do the logits stand?",
-        "A sampled response is an integer: its score carries no graph. J itself is a smooth function of the logits.",
+        "A sampled response is an integer: its reward carries no graph. J itself is a smooth function of the logits.",
         "Row 1 is 0. Rows 2 and 3 are pi(i) (r(i) - J) with J = 0.5 + 0.6 + 0.8 = 1.9.",
     ),
     explanation="The pathwise gradient is 0, since a sampled token carries no graph. The score-function gradient is "
@@ -984,17 +1060,18 @@ tg = Question(
     "pathwise: what autograd sends through a sampled response", 1, "does r(y) of a sampled integer y have a graph?"
 )
 def _(table: Any) -> None:
-    expect_close(table[0], torch.zeros(3), "row 1", atol=2e-3)
+    require(bool(table[1:].abs().sum() > 0), "rows 2 and 3 are 0 as well, so row 1 shows nothing")
+    expect_close(table[0], torch.zeros(3), "row 1", atol=6e-3, tell_expected=False)
 
 
 @tg.case("score function: E[r grad log pi]", 1, "sum_y pi(y) r(y) (1_y - pi)")
 def _(table: Any) -> None:
-    expect_close(table[1], _two_gradients()[0], "row 2", atol=2e-3)
+    expect_close(table[1], _two_gradients()[0], "row 2", atol=6e-3, tell_expected=False)
 
 
 @tg.case("central difference of J", 1, "J is a finite sum of smooth functions of the logits")
 def _(table: Any) -> None:
-    expect_close(table[2], _two_gradients()[1], "row 3", atol=2e-3)
+    expect_close(table[2], _two_gradients()[1], "row 3", atol=6e-3, tell_expected=False)
 
 
 _ZERO, _EXTRA = [0.0] * 3, [-0.045, 0.003, 0.042]
@@ -1022,7 +1099,7 @@ tg.plant(
     ),
     (
         "score-is-zero",
-        "E[grad log pi] is 0, but here each score is multiplied by its reward",
+        "E[grad log pi] is 0, but here each score function is multiplied by its reward",
         [_ZERO, _ZERO, _EXACT],
         "common",
     ),
@@ -1067,7 +1144,7 @@ sv = Question(
 @sv.case("J changes by the shift", 1, "J is a mean of scores")
 def _(f: Any) -> None:
     for c in (2.0, -1.5):
-        expect_close(unpack(f(T([0.7, 0.2, 0.1]), c), 3, "your answer")[0], c, f"change of J, shift {c:g}")
+        expect_close(unpack(f(T([0.7, 0.2, 0.1]), c), 3, "your answer")[0], c, f"change of J, shift {c:g}", rtol=2e-3)
 
 
 @sv.case("the expected loss changes by another amount", 2, "the loss is -E[s log pi]")
@@ -1075,13 +1152,15 @@ def _(f: Any) -> None:
     for p, c in (([0.5, 0.5], 2.0), ([0.7, 0.2, 0.1], -1.5)):
         probs, s = T(p).double(), _normal(len(p), seed=1).double()
         want = (-(probs * (s + c) * probs.log()).sum() + (probs * s * probs.log()).sum()).item()
-        expect_close(unpack(f(T(p), c), 3, "your answer")[1], want, f"change of the expected loss, pi {p}, shift {c:g}")
+        got = unpack(f(T(p), c), 3, "your answer")[1]
+        expect_close(got, want, f"change of the expected loss, pi {p}, shift {c:g}", rtol=2e-3)
 
 
 @sv.case("the expected gradient does not change", 1, "E[grad log pi] = 0")
 def _(f: Any) -> None:
     for c in (2.0, -1.5):
         parts = [as_tensor(x, "your answer") for x in unpack(f(T([0.7, 0.2, 0.1]), c), 3, "your answer")]
+        require(parts[0].abs().max() > 0, "the change of J is 0 as well, so this number shows nothing")
         expect_close(parts[2], 0.0, f"largest change of an entry of the expected gradient, shift {c:g}")
 
 
@@ -1113,6 +1192,8 @@ sv.plant(
     ),
 )
 sv.right("float64, as a list", lambda p, c: [float(c), -c * torch.special.xlogy(p.double(), p.double()).sum(), 0])
+sv.right("an array", lambda p, c: np.array([c, c * _entropy(p).item(), 0.0]))
+sv.right("a tensor", lambda p, c: torch.stack([T(c), c * _entropy(p), T(0.0)]))
 sv.right("torch.distributions", lambda p, c: (c, c * torch.distributions.Categorical(p).entropy().item(), 0 * c))
 
 CHAPTER: Sequence[Question] = (pg, sz, pl, df, rg, ec, rs, us, tg, sv)

@@ -53,12 +53,12 @@ WRONG_CLAIMS: dict[str, WrongClaim] = {
         2,
     ),
     "W-PG-7": WrongClaim(
-        "The estimate with rewards-to-go is (sum of the scores) × (sum of the rewards-to-go).",
-        "Each score is multiplied by its own reward-to-go, inside the sum over time.",
+        "The estimate with rewards-to-go is (sum of the score functions) × (sum of the rewards-to-go).",
+        "Each score function is multiplied by its own reward-to-go, inside the sum over time.",
         2,
     ),
     "W-PG-8": WrongClaim(
-        "The score at time t is weighted with the sum of Q over the later steps.",
+        "The score function at time t is weighted with the sum of Q over the later steps.",
         "Q at time t already is the sum of the rewards to come; summing it again counts late rewards several times.",
         2,
     ),
@@ -80,13 +80,13 @@ WRONG_CLAIMS: dict[str, WrongClaim] = {
     ),
     "W-BL-2": WrongClaim(
         "The value function is the baseline with the least variance.",
-        "The best constant baseline weighs rewards with the squared norm of the score; the value can raise the "
+        "The best constant baseline weighs rewards with the squared norm of the score function; the value can raise the "
         "variance, 64-fold for π = (0.9, 0.1), r = (1, 0).",
         3,
     ),
     "W-BL-3": WrongClaim(
         "The mean of a group of responses is a baseline that leaves the expected gradient as it was.",
-        "The own score is inside the mean, so the gradient comes out (K − 1)/K times too small.",
+        "The own score is inside the mean, so the gradient comes out (G − 1)/G times too small.",
         3,
     ),
     "W-BL-4": WrongClaim(
