@@ -2,7 +2,7 @@
 
 A batch is a rollout: B environments side by side, T steps each. Episodes end inside it in two ways. *Terminated*: the
 pole fell, nothing comes after. *Truncated*: the clock ran out at 500 steps, and the state is still worth what the
-value function says. Needs gymnasium (``pip install "rlhfkit[control]"``), imported only when environments are made.
+value function says. Needs gymnasium (``pip install -e ".[control]"``), imported only when environments are made.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def make_cartpole(num_envs: int) -> Any:
     try:
         import gymnasium
     except ImportError as error:
-        raise ImportError('CartPole needs gymnasium: run  pip install "rlhfkit[control]"') from error
+        raise ImportError(
+            'CartPole needs gymnasium: run  pip install -e ".[control]"  in the folder of the book'
+        ) from error
     return gymnasium.make_vec("CartPole-v1", num_envs=num_envs, vectorization_mode="vector_entry_point")
 
 

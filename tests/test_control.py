@@ -189,7 +189,7 @@ def test_bad_settings_are_named(Player=Player, make_cartpole=make_cartpole):
     raises(ValueError, lambda: Player(ScriptedEnvs(), generator=seeded()).play(networks()[0], 0), "length", "0")
     raises(ValueError, lambda: make_cartpole(0), "num_envs", "0")
     with mock.patch.dict(sys.modules, {"gymnasium": None}):
-        raises(ImportError, lambda: make_cartpole(2), "pip install", "rlhfkit[control]")
+        raises(ImportError, lambda: make_cartpole(2), "pip install", ".[control]")
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------

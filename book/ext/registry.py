@@ -301,7 +301,8 @@ class KillMatrix(SphinxDirective):
         header = ["Planted mistake, and what the learner is told", "Source", *(f"Case {number}" for number in numbers)]
         body = table(header, rows, [50, 12, *([12] * len(record.cases))])
         count = plural(len(record.mistakes), "planted mistake")
-        intro = paragraph(nodes.literal("", record.question), f", chapter {record.chapter}, {count}. The cases:")
+        homework = chapter_link(self.env, record.chapter, "homework", "homework/hw")
+        intro = paragraph(nodes.literal("", record.question), ", ", homework, f", {count}. The cases:")
         title = record.title[:1].upper() + record.title[1:]
         return section(title, f"q-{record.question}", intro, key, body)
 
@@ -321,10 +322,10 @@ def wrong_claims() -> dict[str, Any]:
     return found
 
 
-def chapter_link(env: BuildEnvironment, number: int) -> nodes.Node:
-    """A link to the chapter with this number, or plain words as long as there is no such page."""
-    pages = sorted(docname for docname in env.found_docs if re.match(rf"chapters/0*{number}_", docname))
-    return link(f"chapter {number}", pages[0]) if pages else nodes.Text(f"chapter {number}")
+def chapter_link(env: BuildEnvironment, number: int, word: str = "chapter", start: str = "chapters/") -> nodes.Node:
+    """A link to the chapter (or homework) with this number, or plain words as long as there is no such page."""
+    pages = sorted(docname for docname in env.found_docs if re.match(rf"{start}0*{number}_", docname))
+    return link(f"{word} {number}", pages[0]) if pages else nodes.Text(f"{word} {number}")
 
 
 class WrongClaims(SphinxDirective):

@@ -141,6 +141,8 @@ def report() -> None:
         rows.append(f"{question_id:24s} {messages.bar(best / question.points)} {share:>5s}  {words}")
     message = messages.Message(f"Homework: {earned:g} of {total} points")
     message.add_code("\n".join(rows))
+    if not records and not note:
+        note = f"no progress is kept in this folder ({progress.path().absolute().parent})"
     if note:
         message.add("NOTE", note)
     message.tell()

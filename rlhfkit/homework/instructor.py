@@ -75,7 +75,9 @@ def _otter_assign(masters: list[Path], run_tests: bool) -> None:
     command = [sys.executable, "-c", _ASSIGN, "yes" if run_tests else "no", *map(str, masters)]
     done = subprocess.run(command, cwd=masters[0].parent, capture_output=True, text=True)
     if "No module named 'otter'" in done.stderr:
-        raise RuntimeError('otter-grader is not installed here; run: pip install -e ".[instructor]"')
+        raise RuntimeError(
+            "otter-grader is not installed here; run  make instructor  and use .venv-instructor/bin/python"
+        )
     if done.returncode:
         raise RuntimeError(f"otter assign refused a master:\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
 
