@@ -27,10 +27,13 @@ def sample(
         A rollout of B responses with T columns; no gradient flows into it.
 
     Raises:
-        ValueError: if ``prompts`` is not (B, L0) or ``max_length`` is less than 1.
+        ValueError: if ``prompts`` is not (B, L0), or ``max_length`` is less than 1 or more than the policy's own.
     """
     if prompts.ndim != 2 or prompts.shape[1] < 1 or max_length < 1:
         raise ValueError(f"prompts, max_length: got {tuple(prompts.shape)}, {max_length}, expected (B, L0) and >= 1")
+    limit = getattr(policy, "max_length", max_length)  # of a tabular policy: beyond it there is no row to read
+    if max_length > limit:
+        raise ValueError(f"max_length: got {max_length}, expected at most the policy's {limit}")
     sequences, columns = prompts, []
     alive = torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
     for _ in range(max_length):
