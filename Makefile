@@ -18,7 +18,7 @@ PIP_ENV := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 QUIET := 2> >(sed -E '/WARNING: (Location|Url) .* is ignored|^\[notice\]|^$$/d' >&2)
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: help book test lab refresh bench pdf instructor clean
+.PHONY: help book test lab refresh models bench stress pdf instructor clean
 
 help:  ## list these commands
 	@echo "RLHF, checked: make COMMAND"
@@ -36,6 +36,12 @@ lab: $(VENV)/.stamp  ## open the notebooks in JupyterLab
 
 refresh: $(VENV)/.stamp  ## run the notebooks and store their outputs; prints each page's seconds
 	@$(RUN) book/refresh.py $(NOTEBOOKS)
+
+models: $(VENV)/.stamp  ## train the models that pages start from and write them to chapters/data
+	@$(RUN) book/make_models.py
+
+stress: $(VENV)/.stamp  ## kill labelling and training 200 times each, at random moments
+	@RLHFKIT_KILLS=200 $(RUN) -m pytest -q -s tests/kill
 
 bench: $(VENV)/.stamp  ## run every benchmark
 	@for f in benchmarks/*.py; do [ -e "$$f" ] || { echo "no benchmarks yet"; break; }; echo "== $$f"; $(RUN) "$$f"; done

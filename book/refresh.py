@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import sys
 import time
@@ -94,6 +95,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=int, default=300, help="seconds for one cell")
     parser.add_argument("notebooks", nargs="+", type=Path)
     args = parser.parse_args()
+    os.environ["RLHFKIT_STILL"] = "1"  # no progress bars, and a still of the labelling widget: the same in every run
     changed, failed, total = 0, 0, 0.0
     for path in args.notebooks:
         start = time.perf_counter()

@@ -1,7 +1,7 @@
 """Policies: anything with ``logits(tokens)``, the distribution of the next token after every position.
 
-Here the tabular policy, which has one row of logits for every prompt and prefix, so that it can represent *every*
-distribution over responses, the optimal one included.
+The tabular policy has one row of logits for every prompt and prefix, so that it can represent *every* distribution
+over responses, the optimal one included. The transformer behind the same call is in ``gpt``, and importable from here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from rlhfkit.gpt import GPT, GPTConfig, KVCache, ScalarModel
+
+__all__ = ["GPT", "GPTConfig", "KVCache", "Policy", "ScalarModel", "TabularPolicy"]
 
 
 class Policy(Protocol):

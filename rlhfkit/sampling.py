@@ -2,73 +2,168 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rlhfkit.logprobs import next_token_logprobs, sequence_logprobs, token_logprobs
-from rlhfkit.models import Policy
+from rlhfkit.logprobs import next_token_logprobs, sequence_logprobs
+from rlhfkit.models import GPTConfig, KVCache, Policy
 from rlhfkit.tasks import ExactTask, Rollout
+from rlhfkit.validation import require_in
 
 
-@torch.no_grad()
-def sample(
-    policy: Policy, prompts: Tensor, max_length: int, *, generator: torch.Generator, eos_id: int | None = None
-) -> Rollout:
-    """Draw one response to every prompt, token by token: y_t ~ pi(. | x, y_<t).
+def truncate_logits(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Logits of the distribution to draw from: divided by the temperature, then top-k, then top-p; the rest is -inf.
+
+    Top-k keeps the k largest (exactly k, also among equals). Top-p keeps the smallest set of the most probable tokens
+    whose probability is at least p, always one or more. Softmax of the result is the truncated, renormalised
+    distribution.
 
     Args:
-        policy: has ``logits(tokens)``.
-        prompts: (B, L0), integers; repeat a prompt to get several responses to it.
-        max_length: T, the longest response, at least 1.
-        generator: source of randomness, on the device of ``prompts``.
-        eos_id: a response ends at its first ``eos_id``, which counts; the rest of the row is filled with it.
+        logits: (B, V), or any shape with the vocabulary last.
+        temperature: positive; below 1 sharper, above 1 flatter.
+        top_k: at least 1, or None: all; 1 is greedy. More than V is the same as V.
+        top_p: in (0, 1], or None: all.
 
     Returns:
-        A rollout of B responses with T columns; no gradient flows into it.
+        The same shape.
 
     Raises:
-        ValueError: if ``prompts`` is not (B, L0), or ``max_length`` is less than 1 or more than the policy's own.
+        ValueError: if a number is out of range.
+
+    Source: Holtzman et al. 2020, arXiv:1904.09751, section 3.1 (top-p), 3.2 (top-k).
     """
+    require_in("temperature", temperature, 0, open_low=True)
+    logits = logits / temperature
+    if top_k is not None:
+        require_in("top_k", top_k, 1)
+        kept, tokens = logits.topk(min(top_k, logits.shape[-1]))
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, tokens, kept)
+    require_in("top_p", 1 if top_p is None else top_p, 0, 1, open_low=True)
+    if top_p is not None and top_p < 1:
+        kept, tokens = logits.sort(descending=True, stable=True)
+        probabilities = kept.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # what more probable tokens hold together
+        kept = kept.masked_fill(before >= top_p, -torch.inf)
+        logits = torch.empty_like(logits).scatter(-1, tokens, kept)
+    return logits
+
+
+def _require_prompts(policy: Any, prompts: Tensor, max_length: int) -> None:
     if prompts.ndim != 2 or prompts.shape[1] < 1 or max_length < 1:
         raise ValueError(f"prompts, max_length: got {tuple(prompts.shape)}, {max_length}, expected (B, L0) and >= 1")
     limit = getattr(policy, "max_length", max_length)  # of a tabular policy: beyond it there is no row to read
     if max_length > limit:
         raise ValueError(f"max_length: got {max_length}, expected at most the policy's {limit}")
-    sequences, columns = prompts, []
-    alive = torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
-    for _ in range(max_length):
-        logits = policy.logits(sequences)[:, -1:]
-        tokens = torch.multinomial(logits[:, 0].softmax(-1), 1, generator=generator)
-        if eos_id is not None:
-            tokens = torch.where(alive.unsqueeze(1), tokens, eos_id)
-        logprobs = token_logprobs(logits, tokens).squeeze(1)
-        columns.append((tokens, alive, torch.where(alive, logprobs, torch.zeros_like(logprobs))))
-        sequences = torch.cat([sequences, tokens], dim=1)
-        if eos_id is not None:
-            alive = alive & (tokens.squeeze(1) != eos_id)
-    all_tokens, mask, all_token_logprobs = zip(*columns, strict=True)
-    return Rollout(prompts, torch.cat(all_tokens, 1), torch.stack(mask, 1), torch.stack(all_token_logprobs, 1))
+    if not isinstance(getattr(policy, "config", None), GPTConfig) or not len(prompts):
+        return
+    real = prompts != policy.pad_id
+    if not real[:, -1].all():
+        row = int((~real[:, -1]).nonzero()[0])
+        got = "is empty (all padding)" if not real[row].any() else "ends in padding"
+        raise ValueError(f"prompts: row {row} {got}, expected at least one token, with the padding on the left")
+    longest, limit = int(real.sum(1).max()), policy.config.n_positions
+    if longest + max_length > limit:
+        got = f"{longest} prompt tokens and max_length {max_length}"
+        raise ValueError(f"prompts, max_length: got {got}, expected at most n_positions = {limit} together")
 
 
-def response_logprobs(policy: Policy, prompts: Tensor, tokens: Tensor) -> Tensor:
+def _logits_from(policy: Any, tokens: Tensor, start: int, cache: KVCache | None = None) -> Tensor:
+    """Logits after position ``start`` and all later ones, in float32 or better; the earlier ones cost nothing."""
+    if hasattr(policy, "unembed"):
+        logits = policy.unembed(policy.hidden(tokens, cache)[:, start:])
+    else:
+        logits = policy.logits(tokens)[:, start:]
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompts: Tensor,
+    max_length: int,
+    *,
+    generator: torch.Generator,
+    eos_id: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    use_cache: bool = True,
+) -> Rollout:
+    """Draw one response to every prompt, token by token: y_t ~ pi(. | x, y_<t).
+
+    Args:
+        policy: has ``logits(tokens)``. Put a model with dropout into ``eval()`` first.
+        prompts: (B, L0), integers; prompts of different lengths are padded on the left with the policy's ``pad_id``.
+            Repeat a prompt to get several responses to it.
+        max_length: T, the longest response, at least 1.
+        generator: source of randomness, on the device of ``prompts``.
+        eos_id: a response ends at its first ``eos_id``, which counts; the rest of the row is filled with the policy's
+            ``pad_id`` if it has one, else with ``eos_id``.
+        temperature: of the distribution drawn from, positive; here and below as in :func:`truncate_logits`.
+        top_k: keep the k most probable tokens; 1 is greedy.
+        top_p: keep the most probable tokens that hold p together.
+        use_cache: keep keys and values of earlier tokens where the policy can; the result is the same.
+
+    Returns:
+        A rollout of B responses with T columns; no gradient flows into it.
+
+    Raises:
+        ValueError: if ``prompts`` is not (B, L0), a prompt is empty or padded on the right, ``max_length`` is less than
+            1, the whole is longer than the policy allows, or a setting is out of range.
+    """
+    _require_prompts(policy, prompts, max_length)
+    (batch, start), pad_id = prompts.shape, getattr(policy, "pad_id", -1)
+    fill = pad_id if pad_id >= 0 or eos_id is None else eos_id
+    sequences = torch.cat([prompts, prompts.new_full((batch, max_length), fill)], 1)
+    mask = torch.zeros_like(sequences[:, start:], dtype=torch.bool)
+    alive = torch.ones_like(mask[:, 0])
+    cache = policy.new_cache(batch, start + max_length) if use_cache and hasattr(policy, "new_cache") else None
+    as_it_is = temperature == 1 and top_k is None and top_p is None
+    columns = []
+    for t in range(start, start + max_length):
+        logits = _logits_from(policy, sequences[:, cache.used if cache else 0 : t], -1, cache)[:, 0]
+        logprobs = logits.log_softmax(-1)
+        drawn = logprobs if as_it_is else truncate_logits(logits, temperature, top_k, top_p).log_softmax(-1)
+        tokens = torch.multinomial(drawn.exp(), 1, generator=generator)
+        both = torch.cat([logprobs.gather(1, tokens), drawn.gather(1, tokens)], 1)
+        columns.append(torch.where(alive.unsqueeze(1), both, torch.zeros_like(both)))
+        mask[:, t - start] = alive
+        sequences[:, t] = torch.where(alive, tokens[:, 0], sequences[:, t])
+        if eos_id is not None:
+            alive = alive & (tokens[:, 0] != eos_id)
+            if not alive.any():
+                break
+    recorded = F.pad(torch.stack(columns, 2), (0, max_length - len(columns)))  # (B, 2, T)
+    return Rollout(prompts, sequences[:, start:].contiguous(), mask, *(x.contiguous() for x in recorded.unbind(1)))
+
+
+def response_logprobs(policy: Policy, prompts: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probability of every token of given responses, each given the prompt and the tokens before it.
 
     Args:
         policy: has ``logits(tokens)``.
-        prompts: (B, L0), integers.
-        tokens: responses, (B, T), integers.
+        prompts: (B, L0), integers, padded on the left.
+        tokens: responses, (B, T), integers, padded on the right.
+        temperature: logits are divided by it, positive; 1 is the policy itself.
 
     Returns:
-        (B, T), nats, with gradient; padding gets a number too, so mask it.
+        (B, T), nats, with gradient, in float32 or better; padding gets a number too, so mask it.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not fit, or ``temperature`` is not positive.
     """
     if prompts.ndim != 2 or tokens.ndim != 2 or len(prompts) != len(tokens):
         got = f"{tuple(prompts.shape)}, {tuple(tokens.shape)}"
         raise ValueError(f"prompts, tokens: got shapes {got}, expected (B, L0), (B, T)")
-    sequences = torch.cat([prompts, tokens], dim=1)
-    return next_token_logprobs(policy.logits(sequences), sequences)[:, prompts.shape[1] - 1 :]
+    require_in("temperature", temperature, 0, open_low=True)
+    sequences, last = torch.cat([prompts, tokens], dim=1), prompts.shape[1] - 1  # the response is predicted from here
+    logits = _logits_from(policy, sequences, last)
+    return next_token_logprobs(logits if temperature == 1 else logits / temperature, sequences[:, last:])
 
 
 def all_logprobs(policy: Policy, task: ExactTask) -> Tensor:

@@ -1,14 +1,20 @@
-"""Tasks small enough to list every response, and the record of what was sampled."""
+"""Tasks small enough to list every response, and the records of what was sampled and of what was preferred."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rlhfkit.exact import enumerate_responses
 from rlhfkit.models import TabularPolicy
+
+Side = Literal["first", "second"]
 
 
 @dataclass(frozen=True)
@@ -19,13 +25,78 @@ class Rollout:
         prompts: (B, L0), integers.
         tokens: the responses, (B, T), integers; padding holds a valid id.
         response_mask: (B, T), bool, True on the response, its end-of-sequence token included.
-        logprobs: of ``tokens`` under the policy that sampled them, (B, T), nats, 0 on padding; no gradient.
+        logprobs: of ``tokens`` under the policy that sampled them, at temperature 1 and untruncated, (B, T), nats, 0
+            on padding; no gradient.
+        sampling_logprobs: of ``tokens`` under the distribution they were drawn from, with its temperature and
+            truncation, (B, T), nats, 0 on padding; no gradient.
     """
 
     prompts: Tensor
     tokens: Tensor
     response_mask: Tensor
     logprobs: Tensor
+    sampling_logprobs: Tensor
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to one prompt, and which of them was preferred.
+
+    Attributes:
+        prompt, chosen, rejected: text.
+        margin: how much better the chosen one is, reward units, or None: not known.
+
+    Raises:
+        ValueError: if a text is not a string, both sides are the same, or ``margin`` is not a finite number.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "chosen", "rejected"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}: got {type(getattr(self, name)).__name__}, expected a string")
+        if self.chosen == self.rejected:
+            raise ValueError(f"chosen, rejected: got {self.chosen!r} for both, expected two different texts")
+        if self.margin is not None and not _is_finite(self.margin):
+            raise ValueError(f"margin: got {self.margin!r}, expected None or a finite number")
+
+
+def _is_finite(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two responses to a prompt, not yet judged.
+
+    Attributes:
+        prompt: text that both answer.
+        first: one response.
+        second: another; the same text raises ValueError.
+    """
+
+    prompt: str
+    first: str
+    second: str
+
+    def __post_init__(self) -> None:
+        if self.first == self.second:
+            raise ValueError(f"first, second: got {self.first!r} twice, expected two different responses")
+
+    @property
+    def id(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of prompt, first and second, in this order."""
+        text = json.dumps([self.prompt, self.first, self.second])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def pair(self, choice: Side) -> Pair:
+        """The pair in which the response ``choice`` was chosen: "first" or "second" -> Pair."""
+        chosen, rejected = (self.first, self.second) if choice == "first" else (self.second, self.first)
+        return Pair(self.prompt, chosen, rejected)
 
 
 @dataclass(frozen=True)

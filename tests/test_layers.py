@@ -11,7 +11,7 @@ import rlhfkit
 PACKAGE = Path(rlhfkit.__file__).parent
 MATHS = {"logprobs", "kl", "advantages", "policy_losses", "preference_losses"}
 ZERO = MATHS | {"validation", "masked"}
-ONE = {"models", "tasks"}
+ONE = {"checkpoints", "gpt", "models", "pretrained", "tasks", "tokenizer", "lexicon", "grammar", "reviews"}
 PAGES = {"torch", "numpy", "matplotlib", "PIL", "ipywidgets", "IPython"}
 MAY_IMPORT = {  # module: (modules of ours, packages of others)
     "__init__": (set(), set()),
@@ -19,10 +19,25 @@ MAY_IMPORT = {  # module: (modules of ours, packages of others)
     "masked": ({"validation"}, {"torch"}),
     **{name: ({"validation", "masked"}, {"torch"}) for name in MATHS},
     "exact": (set(), {"torch"}),
-    "models": ({"validation"}, {"torch"}),
+    "checkpoints": (set(), {"torch", "safetensors"}),
+    "gpt": ({"validation", "checkpoints"}, {"torch"}),
+    "models": ({"validation", "gpt"}, {"torch"}),
+    "pretrained": ({"models"}, {"torch", "transformers"}),
     "tasks": ({"exact", "models"}, {"torch"}),
+    "tokenizer": (set(), {"torch"}),
+    "lexicon": (set(), set()),
+    "grammar": ({"lexicon", "tokenizer"}, {"torch"}),
+    "reviews": ({"validation", "lexicon", "grammar", "tasks"}, {"torch"}),
+    "journal": (set(), set()),
+    "label_store": ({"journal", "tasks"}, set()),
+    "label_studio": ({"label_store", "tasks"}, set()),
+    "preferences": ({"journal", "label_store", "label_studio", "tasks"}, set()),
+    "labelling": ({"label_store", "preferences", "tasks"}, {"ipywidgets"}),
     "sampling": (ZERO | ONE, {"torch"}),
+    "collect": (ZERO | ONE | {"sampling", "training"}, {"torch"}),
+    "training": (ZERO | ONE | {"sampling"}, {"torch", "tqdm"}),
     "train_policy": (ZERO | ONE | {"sampling"}, {"torch"}),
+    "train_preference": (ZERO | ONE | {"sampling", "training", "train_policy"}, {"torch"}),
     "control": (ZERO | ONE | {"sampling", "train_policy"}, {"torch", "numpy", "gymnasium", "tqdm"}),
     "display": (ZERO | ONE | {"exact"}, PAGES),
     "frames": (ZERO | ONE | {"exact", "display"}, PAGES),
@@ -78,6 +93,12 @@ PLANTED = {
     "a loop draws": ("train_policy", "from rlhfkit import display", {"display"}),
     "sampling imports a loop": ("sampling", "import rlhfkit.train_policy as t", {"train_policy"}),
     "the package imports its modules": ("__init__", "from rlhfkit.masked import whiten", {"masked"}),
+    "the automaton knows the judge": ("grammar", "from rlhfkit.reviews import gold_score", {"reviews"}),
+    "the journal needs torch": ("journal", "import torch", {"torch"}),
+    "the store knows the widget": ("label_store", "from rlhfkit.labelling import label_pairs", {"labelling"}),
+    "a checkpoint knows a model": ("checkpoints", "from rlhfkit.gpt import GPT", {"gpt"}),
+    "collecting trains": ("collect", "from rlhfkit.train_preference import train_sft", {"train_preference"}),
+    "the shared parts know a loop": ("training", "from rlhfkit.train_policy import require_finite", {"train_policy"}),
     "tasks know plots": ("tasks", "import matplotlib.pyplot as plt", {"matplotlib"}),
 }
 

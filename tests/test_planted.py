@@ -19,6 +19,20 @@ FILES = (
     "test_sampling",
     "test_train_policy",
     "test_control",
+    "test_tokenizer",
+    "test_grammar",
+    "test_reviews",
+    "test_collect",
+    "test_checkpoints",
+    "test_gpt",
+    "test_pretrained",
+    "test_journal",
+    "test_label_store",
+    "test_label_studio",
+    "test_preferences",
+    "test_labelling",
+    "test_training",
+    "test_train_preference",
 )
 MODULES = {name: importlib.import_module(name) for name in FILES}
 CASES = [(f, name, bug) for f, tests in MODULES.items() for name, bugs in tests.PLANTED.items() for bug in bugs]

@@ -1,12 +1,16 @@
 """Sampling: draws follow the exact distribution, and a rollout records what the policy says about them."""
 
+import collections
+import itertools
+import math
+
 import pytest
 import torch
 
 from planting import close, edited, f64, leaf, normal, raises
 from rlhfkit.exact import enumerate_responses
-from rlhfkit.models import TabularPolicy
-from rlhfkit.sampling import all_logprobs, response_logprobs, sample
+from rlhfkit.models import GPT, GPTConfig, TabularPolicy
+from rlhfkit.sampling import all_logprobs, response_logprobs, sample, truncate_logits
 from rlhfkit.tasks import random_task
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -151,52 +155,294 @@ def test_all_logprobs_are_those_of_the_chain_rule_in_the_order_of_the_list(all_l
                 close(got[p, i], f64(by_the_chain_rule(policy, p, tokens[mask].tolist())))
 
 
+def gpt(pad_id=0, **changes):
+    """A GPT with every parameter large, so that its distributions are far from uniform and depend on everything."""
+    sizes = {"vocab_size": 9, "n_positions": 24, "n_embd": 8, "n_layer": 2, "n_head": 2}
+    model = GPT(GPTConfig(**sizes | changes, pad_id=pad_id))
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.copy_(0.6 * normal(*parameter.shape, seed=4200 + i))  # of those that end now and then
+    return model.eval()
+
+
+MIXED = [[0, 0, 0, 5], [0, 0, 2, 5], [3, 4, 2, 5], [0, 8, 8, 8], [6, 5, 4, 3]]
+SETTINGS = [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.8}, {"temperature": 1.5, "top_k": 6, "top_p": 0.9}]
+
+
+def test_cached_and_uncached_draw_the_same(sample=sample):
+    for pad_id, eos_id in ((0, 1), (-1, 1), (-1, None)):
+        model, prompts = gpt(pad_id), torch.tensor(MIXED).repeat(8, 1)
+        for settings in SETTINGS:
+            a, b = (
+                sample(model, prompts, 20, generator=generator(3), eos_id=eos_id, use_cache=use_cache, **settings)
+                for use_cache in (True, False)
+            )
+            assert a.tokens.equal(b.tokens) and a.response_mask.equal(b.response_mask), (pad_id, eos_id, settings)
+            close(a.logprobs, b.logprobs, atol=1e-5, rtol=0)
+            close(a.sampling_logprobs, b.sampling_logprobs, atol=1e-5, rtol=0)
+
+
+def test_a_batch_of_mixed_lengths_equals_one_prompt_at_a_time(sample=sample):
+    """Greedy, where the draws cannot differ; padding before a prompt changes nothing."""
+    model, prompts = gpt(), torch.tensor(MIXED)
+    batch = sample(model, prompts, 12, generator=generator(), eos_id=1, top_k=1)
+    assert len(set(batch.response_mask.sum(1).tolist())) > 1
+    for i, prompt in enumerate(MIXED):
+        alone = torch.tensor([[token for token in prompt if token]])
+        one = sample(model, alone, 12, generator=generator(), eos_id=1, top_k=1)
+        assert one.tokens[0].equal(batch.tokens[i]) and one.response_mask[0].equal(batch.response_mask[i])
+        close(one.logprobs[0], batch.logprobs[i], atol=1e-5, rtol=0)
+    assert (batch.sampling_logprobs == 0).all()
+
+
+def test_a_rollout_of_a_gpt_holds_both_log_probabilities(sample=sample, response_logprobs=response_logprobs):
+    """Of the model, temperature 1 and nothing cut off; and of what was drawn from, whose probabilities sum to 1."""
+    model, prompts = gpt(), torch.tensor(MIXED).repeat(6, 1)
+    for settings in SETTINGS:
+        rollout = sample(model, prompts, 10, generator=generator(), eos_id=1, **settings)
+        mask = rollout.response_mask
+        expected = response_logprobs(model, prompts, rollout.tokens).detach()
+        close(rollout.logprobs, torch.where(mask, expected, 0.0), atol=1e-5, rtol=0)
+        assert (rollout.tokens[~mask] == 0).all() and not mask.all() and (rollout.sampling_logprobs[~mask] == 0).all()
+        logits = model.logits(torch.cat([prompts, rollout.tokens], 1))[:, 3:-1]
+        for b, t in ((0, 0), (1, 1), (2, 2), (7, 0)):
+            scaled = (logits[b, t] / settings.get("temperature", 1.0)).tolist()
+            kept = kept_by_definition(scaled, settings.get("top_k"), settings.get("top_p"))
+            assert not mask[b, t] or rollout.tokens[b, t].item() in kept
+            total = sum(math.exp(scaled[v]) for v in kept)
+            exact = scaled[rollout.tokens[b, t]] - math.log(total)
+            assert not mask[b, t] or abs(rollout.sampling_logprobs[b, t].item() - exact) < 1e-5
+
+
+def kept_by_definition(logits, top_k=None, top_p=None):
+    """Ids from the most probable on, until there are k or until they hold p."""
+    order = sorted(range(len(logits)), key=lambda v: -logits[v])[: top_k or len(logits)]
+    total = sum(math.exp(logits[v]) for v in order)
+    kept = []
+    for v in order:
+        kept.append(v)
+        if top_p is not None and sum(math.exp(logits[u]) for u in kept) / total >= top_p:
+            break
+    return set(kept)
+
+
+def test_truncation_keeps_the_tokens_of_the_definition_and_their_ratios(truncate_logits=truncate_logits):
+    logits = 2 * normal(40, 7)
+    for temperature, top_k, top_p in itertools.product(
+        (0.5, 1.0, 2.0), (None, 1, 3, 7, 50), (None, 0.05, 0.6, 0.95, 1.0)
+    ):
+        got = truncate_logits(logits, temperature, top_k, top_p)
+        for before, after in zip((logits / temperature).tolist(), got.tolist(), strict=True):
+            kept = kept_by_definition(before, top_k, None if top_p == 1 else top_p)
+            expected = [value if v in kept else -math.inf for v, value in enumerate(before)]
+            close(f64(after), f64(expected))
+    close(truncate_logits(logits.view(2, 20, 7), 0.5, 3, 0.6), truncate_logits(logits, 0.5, 3, 0.6).view(2, 20, 7))
+
+
+def test_truncation_at_the_edges(truncate_logits=truncate_logits):
+    """Hand-worked: probabilities 0.5, 0.25, 0.125, 0.125."""
+    logits = f64([0.5, 0.25, 0.125, 0.125]).log()
+    kept = {0.49: 1, 0.51: 2, 0.74: 2, 0.76: 3, 1e-9: 1, 1.0: 4}
+    for top_p, count in kept.items():
+        assert truncate_logits(logits, top_p=top_p).isfinite().sum() == count
+    assert truncate_logits(f64([1.0, 1.0, 1.0]), top_k=2).isfinite().sum() == 2  # exactly k, also among equals
+    close(truncate_logits(logits, temperature=2.0).softmax(-1), logits.exp().sqrt() / logits.exp().sqrt().sum())
+    # temperature first: at 0.5 the probabilities are 16, 4, 1, 1 of 22; then k = 2 leaves 0.8 and 0.2
+    assert truncate_logits(logits, 0.5, None, 0.7).isfinite().sum() == 1
+    assert truncate_logits(logits, 1.0, 2, 0.65).isfinite().sum() == 1  # 2/3 of what top-k left
+    for wrong in ({"temperature": 0.0}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}):
+        ((name, value),) = wrong.items()
+        raises(ValueError, lambda w=wrong: truncate_logits(logits, **w), name, str(value))
+
+
+def test_truncated_draws_have_the_frequencies_of_the_exact_truncated_distribution(sample=sample):
+    """All 27 responses of a tabular policy, with their probabilities from the definition; Pearson's statistic."""
+    policy, draws = policy_of(), 20_000
+    for settings in (
+        {"temperature": 0.6},
+        {"top_k": 2},
+        {"top_p": 0.7},
+        {"temperature": 1.4, "top_k": 2, "top_p": 0.8},
+    ):
+        probabilities = {(): 1.0}
+        for _ in range(3):
+            longer = {}
+            for response, p in probabilities.items():
+                logits = policy.logits(torch.tensor([[1, *response]]))[0, -1]
+                scaled = (logits / settings.get("temperature", 1.0)).tolist()
+                kept = kept_by_definition(scaled, settings.get("top_k"), settings.get("top_p"))
+                total = sum(math.exp(scaled[v]) for v in kept)
+                longer |= {(*response, v): p * math.exp(scaled[v]) / total for v in kept}
+            probabilities = longer
+        rollout = sample(policy, torch.ones(draws, 1, dtype=torch.long), 3, generator=generator(), **settings)
+        drawn = collections.Counter(map(tuple, rollout.tokens.tolist()))
+        assert drawn.keys() <= probabilities.keys(), settings
+        statistic = sum((drawn[y] - draws * p) ** 2 / (draws * p) for y, p in probabilities.items())
+        freedom = len(probabilities) - 1
+        assert statistic < freedom + 5 * (2 * freedom) ** 0.5, settings
+        for response, logprobs in zip(rollout.tokens[:50].tolist(), rollout.sampling_logprobs[:50], strict=True):
+            assert abs(logprobs.sum().item() - math.log(probabilities[tuple(response)])) < 1e-9
+
+
+class Counting:
+    """A policy that ends every response after three tokens and counts how often it is asked."""
+
+    calls, vocab_size = 0, 4
+
+    def logits(self, tokens):
+        self.calls += 1
+        logits = torch.zeros(*tokens.shape, 4)
+        logits[..., 3] = 1e3 if tokens.shape[1] > 4 else -1e3
+        return logits
+
+
+def test_sampling_stops_when_every_response_has_ended(sample=sample):
+    policy = Counting()
+    rollout = sample(policy, torch.zeros(5, 3, dtype=torch.long), 40, generator=generator(), eos_id=3)
+    assert policy.calls == 3 and rollout.tokens.shape == rollout.logprobs.shape == (5, 40)
+    assert rollout.response_mask.sum(1).tolist() == [3] * 5 and (rollout.tokens[:, 2:] == 3).all()
+
+
+def test_bf16_autocast_draws_with_log_probabilities_in_float32(sample=sample):
+    model, prompts = gpt(), torch.tensor(MIXED)
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+        rollout = sample(model, prompts, 10, generator=generator(), eos_id=1)
+        again = response_logprobs(model, prompts, rollout.tokens)
+    assert rollout.logprobs.dtype == rollout.sampling_logprobs.dtype == again.dtype == torch.float32
+    exact = response_logprobs(model, prompts, rollout.tokens)
+    mask = rollout.response_mask
+    close(rollout.logprobs[mask], exact[mask], atol=0.3, rtol=0.1)  # 8 bits through two layers of large weights
+    # more than bfloat16's 8 bits: not one of the values survives being rounded to it
+    assert (rollout.logprobs.bfloat16().float() != rollout.logprobs)[mask].float().mean() > 0.9
+
+
+def test_sample_refuses_prompts_and_lengths_a_gpt_cannot_read(sample=sample):
+    model = gpt()
+    for rows, words in (
+        ([[0, 0, 0], [0, 1, 2]], ("prompts", "row 0", "empty")),
+        ([[3, 4, 5], [3, 4, 0]], ("prompts", "row 1", "padding", "left")),
+    ):
+        raises(ValueError, lambda r=rows: sample(model, torch.tensor(r), 2, generator=generator()), *words)
+    prompts = torch.tensor([[0, 0, 3, 4], [0, 5, 6, 7]])
+    words = ("prompts", "max_length", "3 prompt tokens", "22", "n_positions = 24")
+    raises(ValueError, lambda: sample(model, prompts, 22, generator=generator()), *words)
+    try:
+        assert sample(model, prompts, 21, generator=generator()).tokens.shape == (2, 21)
+    except ValueError as error:
+        raise AssertionError("3 + 21 tokens fit into 24") from error
+    for wrong in ({"temperature": 0.0}, {"top_k": 0}, {"top_p": 1.5}):
+        raises(ValueError, lambda w=wrong: sample(model, prompts, 2, generator=generator(), **w), *wrong)
+
+
+def test_response_logprobs_at_a_temperature_are_those_of_the_scaled_logits(response_logprobs=response_logprobs):
+    policy, prompts, tokens = Fixed(), torch.tensor([[2, 0, 1], [1, 1, 1]]), torch.tensor([[0, 2], [1, 0]])
+    got = response_logprobs(policy, prompts, tokens, temperature=0.5).exp()
+    squares = response_logprobs(policy, prompts, tokens).exp().square()  # p^(1/T), up to the sum over the vocabulary
+    sums = torch.stack([response_logprobs(policy, prompts[:, :], tokens * 0 + v).exp().square() for v in range(3)])
+    close(got[:, 0], (squares / sums.sum(0))[:, 0])
+    raises(ValueError, lambda: response_logprobs(policy, prompts, tokens, 0.0), "temperature", "0.0")
+
+
 def _sample(*changes):
     return edited(sample, *changes)
+
+
+def _truncate(*changes):
+    return edited(truncate_logits, *changes)
 
 
 PLANTED = {
     "sample": {
         "eos does not count": _sample(
-            ("            alive = alive & (tokens.squeeze(1) != eos_id)", "            pass"),
+            ("            alive = alive & (tokens[:, 0] != eos_id)\n", "            pass\n"),
             (
-                "        columns.append((tokens, alive,",
-                "        alive = alive & ((tokens.squeeze(1) != eos_id) if eos_id is not None else alive)\n"
-                "        columns.append((tokens, alive,",
+                "        mask[:, t - start] = alive\n",
+                "        alive = alive & ((tokens[:, 0] != eos_id) if eos_id is not None else alive)\n"
+                "        mask[:, t - start] = alive\n",
             ),
         ),
-        "goes on after eos": _sample(("alive = alive & (tokens.squeeze(1) != eos_id)", "pass")),
-        "greedy": _sample(
+        "goes on after eos": _sample(("alive = alive & (tokens[:, 0] != eos_id)", "pass")),
+        "greedy": _sample(("torch.multinomial(drawn.exp(), 1, generator=generator)", "drawn.argmax(-1, keepdim=True)")),
+        "log-probabilities as weights": _sample(("multinomial(drawn.exp()", "multinomial(-drawn")),
+        "draws from the model itself": _sample(("multinomial(drawn.exp()", "multinomial(logprobs.exp()")),
+        "temperature left in": _sample(("logits.log_softmax(-1)\n", "(logits / 0.9).log_softmax(-1)\n")),
+        "global generator": _sample((", generator=generator)", ")")),
+        "reads the first position": _sample((", -1, cache)[:, 0]", ", 0, cache)[:, 0]")),
+        "forgets what it drew": _sample(("torch.where(alive, tokens[:, 0], sequences[:, t])", "fill")),
+        "padding keeps its log-probability": _sample(
+            ("torch.where(alive.unsqueeze(1), both, torch.zeros_like(both))", "both")
+        ),
+        "padding is what was drawn": _sample(
+            ("torch.where(alive, tokens[:, 0], sequences[:, t])", "tokens[:, 0]"),
+        ),
+        "carries a gradient": _sample(("@torch.no_grad()\n", "")),
+        "gives probabilities": _sample(("logprobs.gather(1, tokens)", "logprobs.gather(1, tokens).exp()")),
+        "both log-probabilities of the model": _sample(("drawn.gather(1, tokens)", "logprobs.gather(1, tokens)")),
+        "both of what was drawn from": _sample(("logprobs.gather(1, tokens)", "drawn.gather(1, tokens)")),
+        "not renormalised": _sample(
             (
-                "torch.multinomial(logits[:, 0].softmax(-1), 1, generator=generator)",
-                "logits[:, 0].argmax(-1, keepdim=True)",
+                "truncate_logits(logits, temperature, top_k, top_p).log_softmax(-1)",
+                "truncate_logits(logprobs, temperature, top_k, top_p)",
             )
         ),
-        "log-probabilities as weights": _sample(("logits[:, 0].softmax(-1)", "-logits[:, 0].log_softmax(-1)")),
-        "temperature left in": _sample(("logits[:, 0].softmax(-1)", "(logits[:, 0] / 0.9).softmax(-1)")),
-        "global generator": _sample((", generator=generator)", ")")),
-        "reads the first position": _sample(("[:, -1:]", "[:, :1]")),
-        "forgets what it drew": _sample(
-            ("torch.cat([sequences, tokens], dim=1)", "torch.cat([sequences, 0 * tokens], dim=1)")
+        "top-p forgotten": _sample(("temperature, top_k, top_p).log_softmax", "temperature, top_k).log_softmax")),
+        "temperature forgotten": _sample(
+            ("(logits, temperature, top_k, top_p).log", "(logits, 1.0, top_k, top_p).log")
         ),
-        "padding keeps its log-probability": _sample(
-            ("torch.where(alive, logprobs, torch.zeros_like(logprobs))", "logprobs")
+        "settings only count with a temperature": _sample(
+            ("as_it_is = temperature == 1 and top_k is None and top_p is None", "as_it_is = temperature == 1")
         ),
-        "padding is what was drawn": _sample(("tokens = torch.where(alive.unsqueeze(1), tokens, eos_id)", "pass")),
-        "carries a gradient": _sample(("@torch.no_grad()\n", "")),
-        "gives probabilities": _sample(("token_logprobs(logits, tokens)", "token_logprobs(logits, tokens).exp()")),
+        "cached: every token twice": _sample(
+            ("cache.used if cache else 0 : t", "max(cache.used - 1, 0) if cache else 0 : t")
+        ),
+        "filled with eos although there is padding": _sample(
+            ("pad_id if pad_id >= 0 or eos_id is None else eos_id", "-1 if eos_id is None else eos_id")
+        ),
+        "goes on for nothing": _sample(("            if not alive.any():\n                break\n", "")),
+        "stops with the first end": _sample(("if not alive.any():", "if not alive.all():")),
+        "prompts not checked": _sample(("    _require_prompts(policy, prompts, max_length)\n", "")),
+    },
+    "truncate_logits": {
+        "multiplied by the temperature": _truncate(("logits / temperature", "logits * temperature")),
+        "the k smallest": _truncate(("min(top_k, logits.shape[-1]))", "min(top_k, logits.shape[-1]), largest=False)")),
+        "k and one more": _truncate(("min(top_k, ", "min(top_k + 1, ")),
+        "equals are all kept": _truncate(
+            (
+                "logits = torch.full_like(logits, -torch.inf).scatter(-1, tokens, kept)",
+                "logits = logits.masked_fill(logits < kept[..., -1:], -torch.inf)",
+            )
+        ),
+        "the token that reaches p is dropped": _truncate(
+            ("probabilities.cumsum(-1) - probabilities", "probabilities.cumsum(-1)")
+        ),
+        "the least probable are kept": _truncate(("sort(descending=True", "sort(descending=False")),
+        "not put back in order": _truncate(("torch.empty_like(logits).scatter(-1, tokens, kept)", "kept")),
+        "top-p before top-k": _truncate(
+            (
+                "probabilities = kept.softmax(-1)",
+                "probabilities = (unsorted / temperature).sort(descending=True).values.softmax(-1)",
+            ),
+            ("    logits = logits / temperature\n", "    unsorted = logits\n    logits = logits / temperature\n"),
+        ),
+        "temperature after top-p": lambda logits, temperature=1.0, top_k=None, top_p=None: truncate_logits(
+            truncate_logits(logits, 1.0, top_k, top_p), temperature
+        ),
+        "cut off to zero": _truncate(("full_like(logits, -torch.inf)", "full_like(logits, 0.0)")),
+        "ranges not checked": edited(truncate_logits, ('        require_in("top_k", top_k, 1)\n', "")),
     },
     "response_logprobs": {
-        "prompt included": edited(response_logprobs, ("[:, prompts.shape[1] - 1 :]", "")),
-        "shifted by one": edited(response_logprobs, ("prompts.shape[1] - 1 :", "prompts.shape[1] :")),
-        "first tokens instead": edited(response_logprobs, ("[:, prompts.shape[1] - 1 :]", "[:, : tokens.shape[1]]")),
+        "prompt included": edited(response_logprobs, ("prompts.shape[1] - 1", "0")),
+        "begins a token early": edited(response_logprobs, ("prompts.shape[1] - 1", "prompts.shape[1] - 2")),
+        "first tokens instead": edited(
+            response_logprobs,
+            ("_logits_from(policy, sequences, last)", "_logits_from(policy, sequences, 0)[:, : tokens.shape[1] + 1]"),
+        ),
         "without the shift": edited(
             response_logprobs,
-            (
-                "next_token_logprobs(policy.logits(sequences), sequences)[:, prompts.shape[1] - 1 :]",
-                "token_logprobs(policy.logits(sequences), sequences)[:, prompts.shape[1] :]",
-            ),
+            ("_logits_from(policy, sequences, last)", "_logits_from(policy, sequences, last).roll(-1, 1)"),
         ),
+        "multiplied by the temperature": edited(response_logprobs, ("logits / temperature", "logits * temperature")),
+        "temperature ignored": edited(response_logprobs, ("if temperature == 1 else", "if True else")),
         "no gradient": lambda *a: response_logprobs(*a).detach() + 0 * response_logprobs(*a),
         "response before the prompt": edited(response_logprobs, ("[prompts, tokens]", "[tokens, prompts]")),
     },

@@ -6,7 +6,7 @@ import torch
 
 from planting import close, edited, f64, raises
 from rlhfkit.exact import enumerate_responses
-from rlhfkit.tasks import ExactTask, Rollout, random_task
+from rlhfkit.tasks import Comparison, ExactTask, Pair, Rollout, random_task
 
 
 def tiny(ExactTask=ExactTask, eos_id=1, max_length=3):
@@ -17,7 +17,9 @@ def tiny(ExactTask=ExactTask, eos_id=1, max_length=3):
 
 def rollout(prompts, tokens):
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    return Rollout(torch.tensor(prompts).unsqueeze(1), tokens, mask, torch.zeros(tokens.shape))
+    return Rollout(
+        torch.tensor(prompts).unsqueeze(1), tokens, mask, torch.zeros(tokens.shape), torch.zeros(tokens.shape)
+    )
 
 
 def test_index_finds_every_response_where_it_is_listed(ExactTask=ExactTask):
@@ -110,6 +112,30 @@ def test_random_task_refuses_sizes_that_make_no_task(random_task=random_task):
         raises(ValueError, lambda a=arguments: random_task(**a), *arguments)
 
 
+def test_pair_holds_two_different_texts_and_perhaps_a_margin(Pair=Pair):
+    pair = Pair("p", "a", "b")
+    assert (pair.prompt, pair.chosen, pair.rejected, pair.margin) == ("p", "a", "b", None)
+    assert Pair("", "", "b", 0).margin == 0 and Pair("p", "a", "b", -1.5) != pair
+    raises(dataclasses.FrozenInstanceError, lambda: setattr(pair, "chosen", "c"))
+    raises(ValueError, lambda: Pair("p", "same", "same"), "chosen", "rejected", "'same'")
+    for i, name in enumerate(("prompt", "chosen", "rejected")):
+        texts = ["p", "a", "b"]
+        texts[i] = 3
+        raises(ValueError, lambda t=texts: Pair(*t), name, "int", "string")
+    for margin in ("1", True, float("nan"), float("inf")):
+        raises(ValueError, lambda m=margin: Pair("p", "a", "b", m), "margin", repr(margin))
+
+
+def test_comparison_becomes_the_pair_of_a_choice_and_has_an_id_of_its_own(Comparison=Comparison):
+    comparison = Comparison("p", "a", "b")
+    assert comparison.pair("first") == Pair("p", "a", "b") and comparison.pair("second") == Pair("p", "b", "a")
+    raises(ValueError, lambda: Comparison("p", "a", "a"), "first", "second", "'a'")
+    others = [("p", "b", "a"), ("q", "a", "b"), ("pa", "", "b"), ("", "pa", "b"), ("p", "ab", "")]
+    ids = {Comparison(*texts).id for texts in [("p", "a", "b"), *others]}
+    assert len(ids) == 6 and all(len(i) == 16 and set(i) <= set("0123456789abcdef") for i in ids)
+    assert Comparison("p", "a", "b").id == comparison.id == "5c74e27923240958"  # sha256sum of ["p", "a", "b"]
+
+
 def _task(*changes):
     return edited(ExactTask, *changes)
 
@@ -133,6 +159,34 @@ PLANTED = {
         ),
         "scores not checked": _task(('raise ValueError(f"scores', 'print(f"scores')),
         "to forgets the scores": _task(("scores=self.scores.to(device),", "")),
+    },
+    "Comparison": {
+        "sides swapped": edited(Comparison, ('if choice == "first" else', 'if choice != "first" else')),
+        "equal sides allowed": edited(Comparison, ("if self.first == self.second:", "if False:")),
+        "order does not count in the id": edited(
+            Comparison, ("[self.prompt, self.first, self.second]", "[self.prompt, *sorted([self.first, self.second])]")
+        ),
+        "texts run together in the id": edited(
+            Comparison, ("json.dumps([self.prompt, self.first, self.second])", "self.prompt + self.first + self.second")
+        ),
+        "prompt not in the id": edited(
+            Comparison, ("[self.prompt, self.first, self.second]", "[self.first, self.second]")
+        ),
+        "another id every time": edited(Comparison, ("text.encode()", "(text + str(id(self))).encode()")),
+    },
+    "Pair": {
+        "sides may be the same": edited(Pair, ("if self.chosen == self.rejected:", "if False:")),
+        "sides may not share a prompt": edited(Pair, ("self.chosen == self.rejected", "self.prompt == self.rejected")),
+        "any margin": edited(Pair, ("self.margin is not None and not _is_finite(self.margin)", "False")),
+        "no margin is 0": edited(Pair, ("margin: float | None = None", "margin: float | None = 0.0")),
+        "types not checked": edited(Pair, ("if not isinstance(getattr(self, name), str):", "if False:")),
+        "can be changed": dataclasses.dataclass(
+            type(
+                "Pair",
+                (),
+                {"__annotations__": Pair.__annotations__, "__post_init__": Pair.__post_init__, "margin": None},
+            )
+        ),
     },
     "random_task": {
         "not standardised": edited(

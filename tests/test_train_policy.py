@@ -34,7 +34,7 @@ def every_response_once(task):
         tokens, mask = (x.repeat(len(task.scores), 1) for x in (task.tokens, task.response_mask))
         with torch.no_grad():
             logprobs = torch.where(mask, response_logprobs(policy, prompts, tokens), 0.0)
-        return Rollout(prompts, tokens, mask, logprobs)
+        return Rollout(prompts, tokens, mask, logprobs, logprobs)
 
     return listing
 

@@ -227,7 +227,7 @@ def test_when_fork_fails_a_thread_judges(capsys, monkeypatch):
 
 
 def test_an_unknown_question_is_a_clear_error():
-    with pytest.raises(ValueError, match=r"got 'gea'; did you mean 'gae'\? The questions are policy_gradient"):
+    with pytest.raises(ValueError, match=r"got 'gea'; did you mean 'gae'\? The questions are lm_dictionary"):
         homework.check("gea", None)
     with pytest.raises(ValueError, match="did you mean 'policy_gradient'"):
         homework.hint("policy_gradiant")

@@ -20,7 +20,12 @@ from rlhfkit.homework.core import QUESTIONS
 ROOT = Path(__file__).parent.parent.parent
 HOMEWORK, MASTERS = ROOT / "homework", ROOT / "homework" / "master"
 NAMES = sorted(path.name for path in MASTERS.glob("hw*.ipynb"))
-CHAPTERS = {"hw02_policy_gradient.ipynb": 2, "hw03_baselines.ipynb": 3}
+CHAPTERS = {
+    "hw01_language_models.ipynb": 1,
+    "hw02_policy_gradient.ipynb": 2,
+    "hw03_baselines.ipynb": 3,
+    "hw05_reward_models.ipynb": 5,
+}
 
 
 def load(path):
@@ -233,4 +238,6 @@ def test_build_gives_the_committed_student_notebooks(tmp_path):
         made, kept = ((folder / name).read_text(encoding="utf-8") for folder in (tmp_path, HOMEWORK))
         lines = difflib.unified_diff(kept.splitlines(), made.splitlines(), "committed", "built", n=1, lineterm="")
         assert made == kept, "run `python -m rlhfkit.homework build`\n" + "\n".join(list(lines)[:30])
-    assert sorted(f.name for f in (tmp_path / "zips").iterdir()) == ["hw02-autograder.zip", "hw03-autograder.zip"]
+    assert sorted(f.name for f in (tmp_path / "zips").iterdir()) == [
+        f"hw{n:02d}-autograder.zip" for n in CHAPTERS.values()
+    ]

@@ -1,5 +1,5 @@
 """The questions, one module per chapter; importing this package registers them all."""
 
-from rlhfkit.homework.bank import ch02_policy_gradient, ch03_baselines
+from rlhfkit.homework.bank import ch01_language_models, ch02_policy_gradient, ch03_baselines, ch05_reward_models
 
-__all__ = ["ch02_policy_gradient", "ch03_baselines"]
+__all__ = ["ch01_language_models", "ch02_policy_gradient", "ch03_baselines", "ch05_reward_models"]

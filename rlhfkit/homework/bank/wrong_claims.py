@@ -20,6 +20,55 @@ class WrongClaim(NamedTuple):
 
 
 WRONG_CLAIMS: dict[str, WrongClaim] = {
+    "W-LM-1": WrongClaim(
+        "Seen as reinforcement learning, the state of a language model is the prompt.",
+        "The state is the prompt and the tokens written so far: it changes with every token.",
+        1,
+    ),
+    "W-LM-2": WrongClaim(
+        "p = σ(x · w + b) is a multi-layer perceptron.",
+        "One linear map and a sigmoid are logistic regression; a multi-layer perceptron has a hidden layer between two "
+        "linear maps.",
+        1,
+    ),
+    "W-LM-3": WrongClaim(
+        "The gradient of log π(y) in the unembedding matrix is (p − 1_y) hᵀ, and one ascends along it.",
+        "It is (1_y − p) hᵀ; a step up along (p − 1_y) hᵀ lowers log π(y).",
+        1,
+    ),
+    "W-LM-4": WrongClaim(
+        "Maximum likelihood minimises the divergence of the policy from the teacher, KL(π‖teacher).",
+        "It minimises KL(teacher‖π): the teacher writes the responses over which the mean is taken.",
+        1,
+    ),
+    "W-LM-5": WrongClaim(
+        "Imitation and reinforcement learning see responses from the same joint distribution.",
+        "In imitation the teacher writes the responses and each has weight 1; in reinforcement learning the policy "
+        "itself writes them and the reward is the weight.",
+        1,
+    ),
+    "W-LM-6": WrongClaim(
+        "π(y | x) of a response is the softmax probability of one token, or an average over the tokens of the sequence.",
+        "It is the product over the response's tokens, each given everything before it: log π(y | x) is the sum of "
+        "their log-probabilities, read one position earlier, without the prompt's.",
+        1,
+    ),
+    "W-LM-7": WrongClaim(
+        "The residual stream of a transformer accumulates batch by batch.",
+        "It accumulates layer by layer, at each position of each sequence; batches do not meet.",
+        1,
+    ),
+    "W-LM-8": WrongClaim(
+        "Sampling at temperature 1 is very random.",
+        "Temperature 1 is the model's own distribution; the uniform one is the limit of high temperatures.",
+        1,
+    ),
+    "W-LM-9": WrongClaim(
+        "A GPU of CUDA capability 12.1 needs a build for CUDA 12.1.",
+        "The compute capability numbers the architecture of the chip (sm_121), not the version of the toolkit; the build "
+        "must know that architecture.",
+        1,
+    ),
     "W-PG-1": WrongClaim(
         "The gradient of the expected reward is the expected gradient of the reward.",
         "The reward of a given response does not contain the parameters, so the expected gradient of the reward is 0; "
@@ -125,5 +174,32 @@ WRONG_CLAIMS: dict[str, WrongClaim] = {
         "Padding is 0, so it does no harm when advantages are whitened.",
         "Zeros pull the mean to 0 and change the variance, and the whitened padding is no longer 0.",
         3,
+    ),
+    "W-RM-1": WrongClaim(
+        "The loss of a reward model pulls the difference of the two scores towards 0.",
+        "The loss falls for every larger difference: the push fades, with slope −σ(−Δ), and never turns round.",
+        5,
+    ),
+    "W-RM-2": WrongClaim(
+        "The derivative of σ is 1 − σ, which is 0 for a large difference.",
+        "1 − σ is the derivative of log σ; that of σ is σ (1 − σ). Both tend to 0 for a large positive difference, and "
+        "neither is 0.",
+        5,
+    ),
+    "W-RM-3": WrongClaim(
+        "Since the gradient vanishes, rewards stay small: they are pushed towards 0.",
+        "Only differences enter the loss: adding any c(x) to all rewards of a prompt leaves it as it was, so nothing "
+        "pulls a reward to 0.",
+        5,
+    ),
+    "W-RM-4": WrongClaim(
+        "To reach σ(A − B), e^A / (e^A + e^B) is turned into 1 / (e^A / e^B + 1 − 1) and 1 / (1 + (e^A / (e^A + e^B) − 1)).",
+        "Both invert twice (0.368 and 1.368 at A = 1, B = 0, where 0.731 is right). Divide by e^A: 1 / (1 + e^(B − A)).",
+        5,
+    ),
+    "W-RM-5": WrongClaim(
+        "The score is read at the last position of the sequence.",
+        "At the last real token: in a padded batch the last position of most rows is padding.",
+        5,
     ),
 }

@@ -1,0 +1,298 @@
+"""Loops over fixed data: supervised fine-tuning on reviews, and reward models on pairs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhfkit.logprobs import entropy, next_token_logprobs
+from rlhfkit.masked import aggregate, masked_mean
+from rlhfkit.models import GPT, ScalarModel
+from rlhfkit.preference_losses import bradley_terry_loss
+from rlhfkit.train_policy import require_finite
+from rlhfkit.training import Run, batch_of_step, cosine_lr, device_of, join_right_padded, pad_to_one_width
+
+BETAS = (0.9, 0.95)
+OnStep = Callable[[int, dict[str, float]], None]
+
+
+def bf16_autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[None]:
+    """Matrix products in bfloat16 if asked for; losses and log-probabilities stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def decayed(named: Iterable[tuple[str, Tensor]], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for AdamW: decay on matrices, none on vectors."""
+    parameters = [p for _, p in named]
+    matrices, vectors = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def muon_and_adamw(model: GPT, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Muon, at three times the learning rate, for the matrices of the blocks; AdamW for everything else.
+
+    From random weights, what "not", "but" and "and" do to a later word is a plateau for AdamW alone: after 1,000
+    steps of 32 reviews its gap to the grammar was 0.054 nats per token, with Muon 0.037.
+
+    Args:
+        model: a GPT.
+        weight_decay: of the matrices that AdamW trains, the two embeddings.
+
+    Returns:
+        Both optimisers; a group's ``lr_scale`` multiplies the learning rate.
+
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
+    """
+    named = list(model.named_parameters())
+    hidden = [p for name, p in named if name.startswith("blocks") and p.ndim == 2]
+    rest = [(name, p) for name, p in named if not (name.startswith("blocks") and p.ndim == 2)]
+    muon = torch.optim.Muon([{"params": hidden, "lr_scale": 3.0}], lr=1e-3, weight_decay=0.0)
+    return [muon, torch.optim.AdamW(decayed(rest, weight_decay), betas=BETAS, fused=True)]
+
+
+def update(
+    model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, lr: float, step: int, max_norm: float
+) -> Tensor:
+    """One step down the gradient of a loss, with the gradient clipped.
+
+    Args:
+        model: what is trained.
+        optimizers: of its parameters.
+        loss: a scalar.
+        lr: learning rate of this step.
+        step: its number, for the message.
+        max_norm: a longer gradient is shortened to this norm.
+
+    Returns:
+        The norm before clipping, a scalar.
+
+    Raises:
+        FloatingPointError: if the loss or the norm of the gradient is not finite; the model is then unchanged.
+    """
+    require_finite("loss", loss.detach(), step)
+    model.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    require_finite("gradient norm", norm, step)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        optimizer.step()
+    return norm
+
+
+def train_sft(
+    model: GPT,
+    prompts: Tensor,
+    responses: Tensor,
+    *,
+    steps: int,
+    batch_size: int = 32,
+    lr: float = 3e-3,
+    warmup: int = 50,
+    weight_decay: float = 0.01,
+    max_grad_norm: float = 1.0,
+    seed: int = 0,
+    bf16: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    save_every: int = 100,
+    on_step: OnStep | None = None,
+) -> list[dict[str, float]]:
+    """Supervised fine-tuning: maximise the log-likelihood of given responses. Trains ``model`` in place.
+
+    The loss is -log pi(y_t | x, y_<t), averaged over all response tokens of the batch, the end token included; prompt
+    tokens and padding do not count.
+
+    Args:
+        model: on any device.
+        prompts: (N, L0), integers, padded on the left with ``model.pad_id``.
+        responses: (N, T), integers, each closed by its end token and padded on the right.
+        steps: updates.
+        batch_size: B, responses per update.
+        lr: peak learning rate of AdamW, a third of Muon's; linear warm-up, then a half cosine to 0.
+        warmup: steps of warm-up.
+        weight_decay: of the embeddings; the matrices of the blocks, which Muon trains, have none.
+        max_grad_norm: gradients are clipped to this norm.
+        seed: of the order of the batches.
+        bf16: matrix products in bfloat16.
+        checkpoint: file to write the run to and to resume from; None: no file.
+        save_every: steps between two writes.
+        on_step: called with the step and its metrics.
+
+    Returns:
+        Metrics of every step: ``loss`` (nats per token), ``mean_token_accuracy``, ``entropy``, ``grad_norm``, ``lr``.
+
+    Raises:
+        ValueError: if shapes do not fit, or the file belongs to another run.
+        FloatingPointError: at the first loss or gradient that is not finite.
+    """
+    tokens, mask = join_right_padded(prompts, responses, model.pad_id)
+    lengths = tuple((tokens != model.pad_id).sum(1).tolist())
+    recipe = {"loop": "sft", "rows": len(tokens), "steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup}
+    recipe |= {"weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "seed": seed, "bf16": bf16}
+    run = Run(model, muon_and_adamw(model, weight_decay), recipe, checkpoint, save_every)
+    device = device_of(model)
+    model.train()
+    for step in run.steps(steps, "SFT"):
+        rows = batch_of_step(lengths, batch_size, seed, step)
+        width = max(lengths[i] for i in rows.tolist())
+        x, counts = tokens[rows, :width].to(device), mask[rows, 1:width].to(device)
+        with bf16_autocast(device, bf16):
+            logits = model.logits(x).float()
+        logprobs = next_token_logprobs(logits, x)
+        loss = aggregate(-logprobs, counts, "token-mean")
+        rate = cosine_lr(step, steps, lr, warmup)
+        norm = update(model, run.optimizers, loss, rate, step, max_grad_norm)
+        with torch.no_grad():
+            right = (logits[:, :-1].argmax(-1) == x[:, 1:]).float()
+            metrics = {"loss": loss, "mean_token_accuracy": masked_mean(right, counts)}
+            metrics["entropy"] = masked_mean(entropy(logits)[:, :-1], counts)
+        run.log({**metrics, "grad_norm": norm, "lr": rate})
+        if on_step is not None:
+            on_step(step, run.history[-1])
+    model.eval()
+    return run.history
+
+
+@torch.no_grad()
+def response_nll(model: GPT, prompts: Tensor, responses: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of every response token, by a model in evaluation mode.
+
+    Args:
+        model: any policy with ``logits`` and ``pad_id``, on any device.
+        prompts: (N, L0), padded on the left.
+        responses: (N, T), padded on the right.
+        batch_size: rows at a time.
+
+    Returns:
+        nll (N, T), nats, 0 on padding, and response_mask (N, T), bool; both on the CPU.
+    """
+    device = device_of(model)
+    mask, pieces = responses != model.pad_id, []
+    for x, y in zip(prompts.split(batch_size), responses.split(batch_size), strict=True):
+        sequence = torch.cat([x, y], 1).to(device)
+        logprobs = next_token_logprobs(model.logits(sequence), sequence)[:, prompts.shape[1] - 1 :]
+        pieces.append(-logprobs.cpu())
+    nll = torch.cat(pieces)
+    return torch.where(mask, nll, torch.zeros_like(nll)), mask
+
+
+def train_reward_model(
+    model: ScalarModel,
+    prompts: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    steps: int,
+    margins: Tensor | None = None,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+    warmup: int = 20,
+    weight_decay: float = 0.01,
+    center_rewards_coefficient: float = 0.0,
+    max_grad_norm: float = 1.0,
+    seed: int = 0,
+    bf16: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    save_every: int = 100,
+    on_step: OnStep | None = None,
+) -> list[dict[str, float]]:
+    """Fit a reward model to pairs: -log sigma(r(x, chosen) - r(x, rejected) - margin). Trains ``model`` in place.
+
+    The score of a response is read at its last real token. Both sides of a batch go through the model together.
+
+    Args:
+        model: on any device; its trunk usually starts as a copy of the SFT model.
+        prompts: (N, L0), integers, padded on the left with the trunk's ``pad_id``.
+        chosen, rejected: (N, T) each, integers, ended and padded on the right.
+        steps: updates.
+        margins: (N,), reward units, subtracted from the difference; None: 0.
+        batch_size: B, pairs per update.
+        lr: peak learning rate of AdamW; linear warm-up, then a half cosine to 0.
+        warmup: steps of warm-up.
+        weight_decay: of the matrices.
+        center_rewards_coefficient: weight of the mean of (r(chosen) + r(rejected))^2, which fixes the free constant.
+        max_grad_norm: gradients are clipped to this norm.
+        seed: of the order of the batches.
+        bf16: matrix products in bfloat16.
+        checkpoint: file to write the run to and to resume from; None: no file.
+        save_every: steps between two writes.
+        on_step: called with the step and its metrics.
+
+    Returns:
+        Metrics of every step: ``loss`` (nats per pair), ``accuracy``, ``margin`` (mean difference), ``min_reward``,
+        ``mean_reward``, ``max_reward``, ``grad_norm``, ``lr``.
+
+    Raises:
+        ValueError: if shapes do not fit, or the file belongs to another run.
+        FloatingPointError: at the first loss or gradient that is not finite.
+
+    Source: Ouyang et al. 2022, arXiv:2203.02155, eq. 1, for two responses a prompt; the centring term is Eisenstein et
+    al. 2023, arXiv:2312.09244.
+    """
+    pad_id, count = model.trunk.pad_id, len(prompts)
+    if not len(prompts) == len(chosen) == len(rejected) or (margins is not None and margins.shape != (count,)):
+        got = (
+            f"{count}, {len(chosen)}, {len(rejected)} rows, margins {None if margins is None else tuple(margins.shape)}"
+        )
+        raise ValueError(f"prompts, chosen, rejected, margins: got {got}, expected one row per pair in each")
+    tokens, _ = join_right_padded(prompts.repeat(2, 1), pad_to_one_width([chosen, rejected], pad_id), pad_id)
+    winners, losers = tokens.chunk(2)
+    lengths = tuple(torch.maximum((winners != pad_id).sum(1), (losers != pad_id).sum(1)).tolist())
+    recipe = {"loop": "reward model", "rows": count, "steps": steps, "batch_size": batch_size, "lr": lr}
+    recipe |= {
+        "warmup": warmup,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "seed": seed,
+        "bf16": bf16,
+    }
+    recipe |= {"center_rewards_coefficient": center_rewards_coefficient, "margins": margins is not None}
+    optimizer = torch.optim.AdamW(decayed(model.named_parameters(), weight_decay), betas=BETAS, fused=True)
+    run = Run(model, [optimizer], recipe, checkpoint, save_every)
+    device = device_of(model)
+    model.train()
+    for step in run.steps(steps, "reward model"):
+        rows = batch_of_step(lengths, batch_size, seed, step)
+        width = max(lengths[i] for i in rows.tolist())
+        both = torch.cat([winners[rows, :width], losers[rows, :width]]).to(device)
+        with bf16_autocast(device, bf16):
+            scores = model.scores(both).float()
+        chosen_scores, rejected_scores = scores.chunk(2)
+        margin = None if margins is None else margins[rows].to(scores)
+        losses = bradley_terry_loss(chosen_scores, rejected_scores, margin)
+        centring = (chosen_scores + rejected_scores).square().mean()
+        loss = losses.mean() + center_rewards_coefficient * centring
+        rate = cosine_lr(step, steps, lr, warmup)
+        norm = update(model, run.optimizers, loss, rate, step, max_grad_norm)
+        with torch.no_grad():
+            difference = chosen_scores - rejected_scores
+            metrics = {"loss": losses.mean(), "accuracy": (difference > 0).float().mean(), "margin": difference.mean()}
+            metrics |= {"min_reward": scores.min(), "mean_reward": scores.mean(), "max_reward": scores.max()}
+        run.log({**metrics, "grad_norm": norm, "lr": rate})
+        if on_step is not None:
+            on_step(step, run.history[-1])
+    model.eval()
+    return run.history
+
+
+@torch.no_grad()
+def score_responses(model: ScalarModel, prompts: Tensor, responses: Tensor, batch_size: int = 256) -> Tensor:
+    """Score of every response by a reward model in evaluation mode.
+
+    Args:
+        model: on any device.
+        prompts: (N, L0), integers, padded on the left.
+        responses: (N, T), integers, padded on the right.
+        batch_size: rows at a time.
+
+    Returns:
+        (N,), reward units, on the CPU.
+    """
+    tokens, _ = join_right_padded(prompts, responses, model.trunk.pad_id)
+    return torch.cat([model.scores(part.to(device_of(model))).cpu() for part in tokens.split(batch_size)])
