@@ -25,7 +25,7 @@ from rlhfkit.train_preference import response_nll, score_responses, train_reward
 FOLDER = Path(__file__).parents[1] / "chapters" / "data"
 SIZES = {"n_positions": 80, "n_embd": 96, "n_layer": 2, "n_head": 4}
 SFT = {"reviews": 64_000, "data_seed": 1, "steps": 2000, "batch_size": 32, "lr": 3e-3, "warmup": 50}
-REWARD = {"pairs": 8_000, "data_seed": 3, "steps": 500, "batch_size": 32, "lr": 1e-3, "warmup": 20, "noise": 1.0}
+REWARD = {"pairs": 40_000, "data_seed": 3, "steps": 1_250, "batch_size": 32, "lr": 1e-3, "warmup": 20, "noise": 1.0}
 HELD_OUT_PAIRS = {"pairs": 2_000, "data_seed": 4}
 HELD_OUT = {"reviews": 4_000, "data_seed": 2}
 
