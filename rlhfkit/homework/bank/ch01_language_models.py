@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlhfkit.homework.comparisons import (
     as_tensor,
+    describe,
     expect_close,
     expect_shape,
     gradient,
@@ -62,7 +63,9 @@ ld = Question(
 
 
 @ld.case(
-    "no true statement is called false", 1, "test each statement on a prompt of two tokens and a response of three"
+    "at least two statements are named, and none of them is true",
+    1,
+    "for 1 to 4 and 9, write down a prompt of two tokens and a response of three",
 )
 def _(found: Any) -> None:
     for number in sorted(found - {2, 5, 6, 8}):
@@ -74,7 +77,8 @@ def _(found: Any) -> None:
 def _(found: Any) -> None:
     missing = len({2, 5, 6, 8} - found)
     require(not missing, f"{missing} of 4 false statements not found")
-    require(not found - {2, 5, 6, 8}, f"{len(found - {2, 5, 6, 8})} true statements among them")
+    extra = len(found - {2, 5, 6, 8})
+    require(not extra, f"{extra} true {'statement' if extra == 1 else 'statements'} among them")
 
 
 ld.plant(
@@ -142,6 +146,20 @@ def unembedding_gradient(weight, hidden, token):  # type: ignore[no-untyped-def]
     return torch.outer(error, hidden)
 
 
+_BIG = (T([[3.0, 1.0], [2.0, 0.0], [-1.0, 1.0]]), T([300.0, 0.0]), 1)  # logits (900, 600, -300)
+
+
+def _unembed_probe(f: Any) -> list[Any]:
+    weight, hidden, token = _BIG
+    kept = _normal(4, 3, seed=1)
+    return [
+        f(kept, _normal(3, seed=2), 2),
+        float(kept.requires_grad),
+        f(_normal(3, 3, seed=3), T([0.2, -1.0, 0.4]), 0),
+        f(weight.clone(), hidden.clone(), token),
+    ]
+
+
 ug = Question(
     id="unembed_grad",
     title="the gradient of log pi(y) in the unembedding matrix",
@@ -159,10 +177,7 @@ ug = Question(
     explanation="log pi(y) = s_y - log sum exp s with s = W h. Its gradient in s is 1_y - p, and d s_v / d W_vc = h_c, "
     "so the gradient in W is (1_y - p) h^T. It is ascended. p - 1_y belongs to the loss -log pi(y), which is descended: "
     "going up along it lowers log pi(y).",
-    probes=lambda f: [
-        f(_normal(4, 3, seed=1), _normal(3, seed=2), 2),
-        f(_normal(3, 3, seed=3), T([0.2, -1.0, 0.4]), 0),
-    ],
+    probes=_unembed_probe,
 )
 
 
@@ -179,8 +194,10 @@ def _(f: Any) -> None:
 
 @ug.case("its rows sum to 0: the same shift of all logits changes nothing", 1, "softmax(s + c) = softmax(s)")
 def _(f: Any) -> None:
-    got = as_tensor(keeps_inputs(f)(_normal(4, 3, seed=4), _normal(3, seed=5), 1), "gradient")
+    weight = _normal(4, 3, seed=4)
+    got = as_tensor(keeps_inputs(f)(weight, _normal(3, seed=5), 1), "gradient")
     expect_shape(got, (4, 3), "gradient")
+    require(not weight.requires_grad, "your function switched on requires_grad of a tensor that it was given")
     require(got.abs().max() > 1e-3, "the gradient is 0 everywhere")
     expect_close(got.sum(0), torch.zeros(3), "sum of the rows")
 
@@ -191,10 +208,18 @@ def _(f: Any) -> None:
         weight, hidden = _normal(4, 3, seed=6).requires_grad_(), _normal(3, seed=7)
         (want,) = torch.autograd.grad((weight @ hidden).log_softmax(0)[token], weight)
         expect_close(f(weight.detach().clone(), hidden.clone(), token), want, f"gradient for token {token}")
+    weight, hidden, token = _BIG
+    want = T([[-300.0, 0.0], [300.0, 0.0], [0.0, 0.0]])
+    expect_close(f(weight.clone(), hidden.clone(), token), want, "gradient for token 1 at logits (900, 600, -300)")
 
 
 def _error(weight: Tensor, hidden: Tensor, token: int) -> Tensor:
     return torch.eye(len(weight))[token] - (weight @ hidden).softmax(0)
+
+
+def _own_slopes(weight: Tensor, hidden: Tensor, token: int) -> Tensor:
+    p, one = (weight @ hidden).softmax(0), torch.eye(len(weight))[token]
+    return torch.outer(one * (1 - p) - (1 - one) * p * (1 - p), hidden)
 
 
 ug.plant(
@@ -252,6 +277,24 @@ ug.plant(
         lambda w, h, y: torch.outer(torch.eye(len(w))[y] - (w @ h).sigmoid(), h),
         "W-LM-2",
     ),
+    (
+        "softmax-by-hand",
+        "exp(logits) overflows at large logits: use softmax",
+        lambda w, h, y: torch.outer(torch.eye(len(w))[y] - (w @ h).exp() / (w @ h).exp().sum(), h),
+        "common",
+    ),
+    (
+        "input-changed",
+        "requires_grad_() changes the tensor that was given: take a detached copy first",
+        lambda w, h, y: torch.autograd.grad((w.requires_grad_() @ h).log_softmax(0)[y], w)[0],
+        "common",
+    ),
+    (
+        "own-slope-off-the-diagonal",
+        "the rows of the other tokens are -p_v h: the normaliser gives p_v, not p_v (1 - p_v)",
+        _own_slopes,
+        "common",
+    ),
 )
 
 
@@ -296,8 +339,11 @@ def _sequence_probe(f: Any) -> list[Any]:
         logits = _normal(*tokens.shape, 4, seed=seed).requires_grad_()
         value = f(logits, tokens.clone(), mask.clone())
         out += [value, gradient_or_none(value, logits)]
-    return out
+    return out + [f(*_LONG), f(*_UNLIKELY)]
 
+
+_LONG = (torch.zeros(1, 121, 2000), torch.full((1, 121), 7), T([[False] + [True] * 120]))
+_UNLIKELY = (T([[[0.0, -900.0]] * 3]), T([[0, 1, 0]]), T([[False, True, True]]))
 
 sl = Question(
     id="sequence_logprob",
@@ -340,11 +386,14 @@ def _all_responses(prompt: tuple[int, ...], length: int, size: int = 3) -> tuple
     return torch.cat([never, logits], -1), T(rows), T(masks)
 
 
-@sl.case("the worked example", 1, "which logits predict the second token?")
+@sl.case("the worked example; finite for long and for unlikely responses", 1, "sum of log_softmax, one position earlier")
 def _(f: Any) -> None:
     table = T([[[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]]).log()
     got = f(table, T([[2, 0, 1]]), T([[False, True, True]]))
     expect_close(got, T([math.log(0.5 * 0.8)]), "log-probability of the response (0, 1) to the prompt (2)")
+    want = T([-120 * math.log(2000)])
+    expect_close(f(*_LONG), want, "a response of 120 tokens, each with probability 1/2000")
+    expect_close(f(*_UNLIKELY), T([-900.0]), "logits (0, -900), response (1, 0)")
 
 
 @sl.case("the probabilities of all responses sum to 1", 2, "a product of conditional probabilities; the end counts too")
@@ -363,7 +412,8 @@ def _(f: Any) -> None:
     other[~predicts] = _normal(3, 6, 4, seed=5)[~predicts]
     first, second = (as_tensor(keeps_inputs(f)(x, _TOKENS, _MASK), "log-probabilities") for x in (logits, other))
     expect_shape(first, (3,), "log-probabilities")
-    require(first.max() < 0, "a log-probability is not negative")
+    for row, value in enumerate(first.tolist()):
+        require(value < 0, f"row {row}: got {value:.4g}, expected a number below 0")
     expect_close(second, first, "with other logits at every position that predicts no response token")
 
 
@@ -376,7 +426,8 @@ def _(f: Any) -> None:
     for b, t in _MASK.nonzero().tolist():
         want[b, t - 1] = -logits[b, t - 1].detach().softmax(0)
         want[b, t - 1, _TOKENS[b, t]] += 1
-    expect_close(got, want, "gradient in the logits")
+    for b, t in itertools.product(range(3), range(6)):
+        expect_close(got[b, t], want[b, t], f"gradient in logits[{b}, {t}]")
 
 
 def _sequence(
@@ -416,6 +467,11 @@ def _sequence_product(logits: Tensor, tokens: Tensor, response_mask: Tensor) -> 
     return sequence_logprob(logits, tokens, response_mask).exp()  # type: ignore[no-any-return]
 
 
+def _probabilities_taken(logits: Tensor, tokens: Tensor, response_mask: Tensor, dim: int = -1) -> Tensor:
+    taken = logits[:, :-1].softmax(dim).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    return torch.where(response_mask[:, 1:], taken, torch.ones_like(taken))
+
+
 for _name, _says, _options, _source in [
     (
         "shift-missed",
@@ -447,6 +503,37 @@ sl.plant(
     ("detached", "the value is right, but no gradient reaches the logits", _sequence_detached, "common"),
     ("batch-total", "every row got the sum over the whole batch", _sequence_batch, "common"),
     ("probability", "this is the probability; its logarithm is asked for", _sequence_product, "common"),
+    (
+        "log-of-the-product",
+        "the product of many probabilities underflows: add their logarithms, from log_softmax",
+        lambda x, y, m: _probabilities_taken(x, y, m).prod(1).log(),
+        "common",
+    ),
+    (
+        "log-of-softmax",
+        "log(softmax) is -inf where a probability underflows: use log_softmax",
+        lambda x, y, m: _probabilities_taken(x, y, m).log().sum(1),
+        "common",
+    ),
+    (
+        "probabilities-added",
+        "you added probabilities; their logarithms are added",
+        lambda x, y, m: (_probabilities_taken(x, y, m) * m[:, 1:]).sum(1),
+        "W-LM-6",
+    ),
+    (
+        "softmax-over-positions",
+        "the softmax runs over the positions; it belongs to the vocabulary, the last dimension",
+        lambda x, y, m: _probabilities_taken(x, y, m, dim=1).log().sum(1),
+        "common",
+    ),
+    ("loss", "the sign is reversed: this is the loss, -log pi(y | x)", lambda *x: -sequence_logprob(*x), "common"),
+    (
+        "one-number",
+        "one number for the whole batch: one per row is asked for",
+        lambda *x: sequence_logprob(*x).sum(),
+        "common",
+    ),
 )
 
 
@@ -514,7 +601,7 @@ se = Question(
 def _(f: Any) -> None:
     for logits in (T(_L), 2 * _normal(5, seed=2)):
         want = torch.distributions.Categorical(logits=logits.double()).entropy()
-        expect_close(f(logits.clone(), 1.0), want, "entropy at temperature 1", rtol=2e-3)
+        expect_close(f(logits.clone(), 1.0), want, "entropy at temperature 1", rtol=2e-3, atol=6e-4)
 
 
 @se.case("between greedy and uniform: equals enumeration at 0.5 and 2", 2, "which distribution is sampled from?")
@@ -523,7 +610,7 @@ def _(f: Any) -> None:
         weights = [math.exp(x / t) for x in logits.tolist()]
         p = [w / sum(weights) for w in weights]
         want = -sum(x * math.log(x) for x in p)
-        expect_close(f(logits.clone(), t), want, f"entropy at temperature {t:g}", rtol=2e-3)
+        expect_close(f(logits.clone(), t), want, f"entropy at temperature {t:g}", rtol=2e-3, atol=6e-4)
 
 
 @se.case("the limits: 0 at low temperature, log V at high, finite on the way", 1, "use log_softmax")
@@ -572,6 +659,18 @@ se.plant(
     ("ignored", "the temperature plays no part", lambda x, t: _h(x.softmax(0)), "common"),
     ("scaled-entropy", "you scaled the entropy; the logits are scaled", lambda x, t: t * _h(x.softmax(0)), "common"),
     (
+        "entropy-divided",
+        "you divided the entropy; the logits are divided",
+        lambda x, t: _h(x.softmax(0)) / t,
+        "common",
+    ),
+    (
+        "softmax-divided",
+        "softmax(logits)/T does not sum to 1: divide the logits, before the softmax",
+        lambda x, t: _h(x.softmax(0) / t),
+        "common",
+    ),
+    (
         "probabilities-divided",
         "you divided probabilities by the temperature; the logits are divided",
         lambda x, t: _h((x.softmax(0) / t).softmax(0)),
@@ -616,11 +715,12 @@ def excess_nll(teacher, logits):  # type: ignore[no-untyped-def]
 
 def _excess_probe(f: Any) -> list[Any]:
     out: list[Any] = []
-    for teacher, seed in [(T([0.7, 0.2, 0.1]), 1), (_normal(4, seed=2).softmax(0), 3), (T([1.0, 0.0]), 4)]:
+    for teacher, seed in [(T([0.7, 0.2, 0.1]), 1), (_normal(4, seed=2).softmax(0), 3)]:
         logits = _normal(len(teacher), seed=seed).requires_grad_()
         value = f(teacher, logits)
         out += [value, gradient_or_none(value, logits)]
-    return out
+    certain = as_tensor(f(T([1.0, 0.0]), T([0.3, -0.4])), "probe")
+    return [*out, certain.isnan().double()]  # a guard such as 1e-8 changes no diagnosis
 
 
 mk = Question(
@@ -633,8 +733,8 @@ mk = Question(
     reference=excess_nll,
     reference_source=source(excess_nll),
     hints=(
-        "Which policy has the least expected negative log-likelihood, and what is that least value?",
-        "The least value is the teacher's entropy, reached by pi = teacher. Subtract it: a known divergence is left. "
+        "Towards which policy does the expected negative log-likelihood fall, and what is its least value?",
+        "The least value is the teacher's entropy, the limit as pi tends to teacher. Subtract it: a known divergence is left. "
         "Under which of the two distributions is its expectation?",
         "KL(teacher, pi) = sum_y teacher(y) (log teacher(y) - log pi(y)), with 0 log 0 = 0.",
     ),
@@ -717,6 +817,18 @@ mk.plant(
         "common",
     ),
     (
+        "entropy-added",
+        "you added the teacher's entropy to the loss; the least value is subtracted",
+        lambda q, x: -(q * x.log_softmax(0)).sum() - torch.special.xlogy(q, q).sum(),
+        "common",
+    ),
+    (
+        "kl-div-of-probabilities",
+        "kl_div was given probabilities; its first argument is log-probabilities",
+        lambda q, x: torch.nn.functional.kl_div(x.softmax(0), q, reduction="sum"),
+        "common",
+    ),
+    (
         "own-entropy-subtracted",
         "you subtracted the policy's entropy; the least value is the teacher's",
         lambda q, x: -(q * x.log_softmax(0)).sum() + (x.softmax(0) * x.log_softmax(0)).sum(),
@@ -786,6 +898,16 @@ _SFT, _PG, _OWN = [-0.3, -0.1, 0.4], [-0.45, 0.03, 0.42], [0.0, 0.0, 0.0]
 _WEIGHTED_TEACHER = [-1.3, -0.5, 1.8]
 _ROWS = [_SFT, _PG, _OWN, _WEIGHTED_TEACHER]
 
+
+def _table(answer: Any) -> Tensor:
+    """Four rows of three numbers; text is named as what it is."""
+    rows = answer if isinstance(answer, (list, tuple)) else []
+    for i, row in enumerate(rows, 1):
+        for entry in row if isinstance(row, (list, tuple)) else [row]:
+            require(not isinstance(entry, str), f"row {i}: {describe(entry)} stands where a number is expected")
+    return numbers(4, 3)(answer)
+
+
 ir = Question(
     id="imitation_or_rl",
     title="imitation and reinforcement, one formula",
@@ -795,7 +917,7 @@ ir = Question(
     variable="updates",
     reference=_ROWS,
     reference_source="updates = [[-0.3, -0.1, 0.4], [-0.45, 0.03, 0.42], [0.0, 0.0, 0.0], [-1.3, -0.5, 1.8]]",
-    accept=numbers(4, 3),
+    accept=_table,
     hints=(
         "All four are sum_y s(y) w(y) (1_y - pi). Who writes the responses, s, and with which weight, w?",
         "The score function is always the policy's: its gradient stays grad log pi. Only s and w change from row to row.",
@@ -889,6 +1011,15 @@ ir.plant(
         "common",
     ),
     (
+        "no-normaliser-with-rewards",
+        "rows 2 and 4 lack the normaliser of the softmax: subtract pi sum s w there too",
+        [_SFT, [0.5, 0.6, 0.8], _OWN, [0.2, 0.4, 2.4]],
+        "common",
+    ),
+    ("rows-2-and-4", "rows 2 and 4 are exchanged", [_SFT, _WEIGHTED_TEACHER, _OWN, _PG], "common"),
+    ("rows-1-and-2", "rows 1 and 2 are exchanged", [_PG, _SFT, _OWN, _WEIGHTED_TEACHER], "common"),
+    ("rows-1-and-3", "rows 1 and 3 are exchanged", [_OWN, _PG, _SFT, _WEIGHTED_TEACHER], "common"),
+    (
         "teachers-score-function",
         "rows 1 and 4 use the teacher's score function 1_y - teacher; the policy is what is trained",
         [_OWN, _PG, _OWN, [-0.4, -0.2, 0.6]],
@@ -912,9 +1043,9 @@ def truncate_logits(logits, temperature=1.0, top_k=None, top_p=None):  # type: i
     """Logits of the distribution to draw from: temperature, then top-k, then top-p; the rest is -inf. (B, V)."""
     logits = logits / temperature
     if top_k is not None:
-        edge = logits.topk(top_k).values[:, -1:]
+        edge = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < edge, -torch.inf)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
         kept, tokens = logits.sort(descending=True)
         before = kept.softmax(-1).cumsum(-1) - kept.softmax(-1)
         kept = kept.masked_fill(before >= top_p, -torch.inf)
@@ -929,6 +1060,14 @@ def _drawn(result: Any, shape: tuple[int, ...]) -> Tensor:
     return logits.softmax(-1)
 
 
+def _expect_cut(result: Any, want: Tensor, what: str) -> None:
+    """The distribution is ``want``, and exactly what has probability 0 there has the logit -inf."""
+    expect_close(_drawn(result, tuple(want.shape)), want, what)
+    logits = as_tensor(result, "logits")
+    finite = logits[(want == 0) & (logits != -torch.inf)]
+    require(not len(finite), f"{what}: a token that was removed has the logit {finite.sum() / len(finite):.4g}, not -inf")
+
+
 def _cut_probe(f: Any) -> list[Any]:
     x, sharp = torch.stack([_normal(6, seed=1), _normal(6, seed=2).flip(0)]), T([[0.4, 0.3, 0.2, 0.1]]).log()
     calls: list[tuple[Tensor, dict[str, Any]]] = [
@@ -940,8 +1079,20 @@ def _cut_probe(f: Any) -> list[Any]:
         (x, {"top_p": 0.05}),
         (sharp, {"temperature": 0.5, "top_p": 0.5}),
         (sharp, {"top_k": 2, "top_p": 0.55}),
+        (_LOW, {"top_k": 2}),
+        (_STEEP, {"top_p": 1.0}),
     ]
-    return [_drawn(f(logits.clone(), **options), tuple(logits.shape)) for logits, options in calls]
+    out: list[Any] = []
+    for logits, options in calls:
+        result = as_tensor(f(logits.clone(), **options), "logits")
+        out += [_drawn(result, tuple(logits.shape)), (result == -torch.inf).double()]
+    try:
+        return [*out, _drawn(f(x, top_k=9), (2, 6))]
+    except RuntimeError:
+        return [*out, "raised"]
+
+
+_LOW, _STEEP = T([[-150.0, -151.0, -152.0]]), T([[0.0, -5.0, -20.0, -40.0]])
 
 
 tp = Question(
@@ -956,13 +1107,14 @@ tp = Question(
     hints=(
         "Do the three steps one after the other, each on the distribution that the step before has left.",
         "Top-p goes down the list, most likely first. A token stays if the tokens before it hold less than top_p.",
-        "Divide by the temperature; all but the top_k largest become -inf; with probs = softmax of that, a token becomes "
-        "-inf if the sum of all larger probabilities is at least top_p.",
+        "Divide by the temperature; all but the min(top_k, V) largest become -inf; then, if top_p is below 1, with probs = "
+        "softmax of that, a token becomes -inf if the sum of all larger probabilities is at least top_p.",
     ),
     explanation="Each step works on what the step before has left: temperature scales the logits, top-k keeps the k "
     "largest, and top-p keeps the shortest list, most likely first, that holds at least top_p of what is left, the "
     "token that crosses the line included, so that at least one stays. A logit of -inf is a probability of 0, and the "
-    "softmax renormalises. The result differs from the model's distribution: log-probabilities for an update must say "
+    "softmax renormalises; no finite number is low enough for that whatever the logits. At top_p 1 nothing is to be "
+    "removed, but a cumulative sum rounded to 1 would remove the tail, hence the guard. The result differs from the model's distribution: log-probabilities for an update must say "
     "which of the two they mean.",
     probes=_cut_probe,
 )
@@ -976,17 +1128,21 @@ def _(f: Any) -> None:
         expect_close(got, (logits / t).softmax(-1), f"probabilities at temperature {t:g}")
 
 
-@tp.case("top-k keeps the k most likely, the rest gets probability 0", 1, "-inf is the logit of probability 0")
+@tp.case("top-k keeps the k most likely, the rest gets the logit -inf", 1, "-inf is the logit of probability 0")
 def _(f: Any) -> None:
     logits = T([[0.3, 0.1, 0.2, 0.4], [0.1, 0.6, 0.05, 0.25]]).log()
-    got = _drawn(f(logits.clone(), top_k=2), (2, 4))
     want = T([[3 / 7, 0.0, 0.0, 4 / 7], [0.0, 12 / 17, 0.0, 5 / 17]])
-    expect_close(got, want, "from (.3, .1, .2, .4) and (.1, .6, .05, .25), top_k 2")
-    got = _drawn(f(logits.clone(), top_k=1), (2, 4))
-    expect_close(got, T([[0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]]), "the same, top_k 1 (greedy)")
+    _expect_cut(f(logits.clone(), top_k=2), want, "from (.3, .1, .2, .4) and (.1, .6, .05, .25), top_k 2")
+    want = T([[0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
+    _expect_cut(f(logits.clone(), top_k=1), want, "the same, top_k 1 (greedy)")
+    _expect_cut(f(logits.clone(), top_k=9), logits.exp(), "the same, top_k 9, which is more than there are tokens")
+    want = torch.cat([_LOW[:, :2].softmax(-1), T([[0.0]])], 1)
+    _expect_cut(f(_LOW.clone(), top_k=2), want, "from the logits (-150, -151, -152), top_k 2")
 
 
-@tp.case("top-p keeps the shortest list that holds top_p", 2, "the token that crosses the line stays")
+@tp.case(
+    "top-p keeps the shortest list that holds top_p; 1 keeps all", 2, "the token that crosses the line stays"
+)
 def _(f: Any) -> None:
     rows = T([[0.3, 0.05, 0.15, 0.5], [0.08, 0.7, 0.12, 0.1]])
     for top_p, kept in (
@@ -998,30 +1154,35 @@ def _(f: Any) -> None:
         want = torch.zeros(2, 4)
         for b, tokens in enumerate(kept):
             want[b, tokens] = rows[b, tokens] / rows[b, tokens].sum()
-        got = _drawn(f(rows.log(), top_p=top_p), (2, 4))
-        expect_close(got, want, f"from (.3, .05, .15, .5) and (.08, .7, .12, .1), top_p {top_p:g}")
+        _expect_cut(f(rows.log(), top_p=top_p), want, f"from (.3, .05, .15, .5) and (.08, .7, .12, .1), top_p {top_p:g}")
+    result = as_tensor(f(_STEEP.clone(), top_p=1.0), "logits")
+    expect_shape(result, (1, 4), "logits")
+    removed = int((result == -torch.inf).sum())
+    require(not removed, f"from the logits (0, -5, -20, -40), top_p 1: {removed} of 4 tokens removed, expected none")
 
 
 @tp.case("in this order: temperature, top-k, top-p", 2, "top-p looks at what the steps before have left")
 def _(f: Any) -> None:
-    logits = T([[0.4, 0.3, 0.2, 0.1]]).log()
-    got = _drawn(f(logits.clone(), top_k=2, top_p=0.55), (1, 4))
-    expect_close(got, T([[1.0, 0.0, 0.0, 0.0]]), "from (.4, .3, .2, .1), top_k 2, top_p .55")
-    got = _drawn(f(logits.clone(), temperature=0.5, top_p=0.5), (1, 4))
-    expect_close(got, T([[1.0, 0.0, 0.0, 0.0]]), "the same, temperature .5, top_p .5")
-    got = _drawn(f(logits.clone(), temperature=0.5, top_k=3, top_p=0.9), (1, 4))
-    expect_close(got, T([[16 / 29, 9 / 29, 4 / 29, 0.0]]), "the same, temperature .5, top_k 3, top_p .9")
+    logits, first = T([[0.4, 0.3, 0.2, 0.1]]).log(), T([[1.0, 0.0, 0.0, 0.0]])
+    _expect_cut(f(logits.clone(), top_k=2, top_p=0.55), first, "from (.4, .3, .2, .1), top_k 2, top_p .55")
+    _expect_cut(f(logits.clone(), temperature=0.5, top_p=0.5), first, "the same, temperature .5, top_p .5")
+    want = T([[16 / 29, 9 / 29, 4 / 29, 0.0]])
+    result = f(logits.clone(), temperature=0.5, top_k=3, top_p=0.9)
+    _expect_cut(result, want, "the same, temperature .5, top_k 3, top_p .9")
 
 
 def _cut(
     *,
-    divide: bool = True,
+    divide: bool | None = True,
     order: str = "kp",
     late: bool = False,
     crossing: str = "in",
     ascending: bool = False,
     unsorted: bool = False,
     scatter: bool = True,
+    gather: bool = False,
+    clamp: bool = True,
+    guard: bool = True,
     removed: float = -torch.inf,
     least: bool = False,
     first_row: bool = False,
@@ -1031,25 +1192,28 @@ def _cut(
         if unsorted:
             kept, tokens = logits, torch.arange(logits.shape[-1]).expand_as(logits)
         probs = kept.softmax(-1)
-        drop = probs.cumsum(-1) > top_p if crossing == "out" else probs.cumsum(-1) - probs >= top_p
+        drop = probs.cumsum(-1) > top_p if crossing in ("out", "all-out") else probs.cumsum(-1) - probs >= top_p
         if crossing == "out":
             drop[:, 0] &= (~drop).any(-1)  # something must stay
         if crossing == "next":
             drop = torch.cat([drop[:, :1], drop[:, :-1]], 1)
         kept = kept.masked_fill(drop, removed)
+        if gather:
+            return kept.gather(-1, tokens)
         return torch.empty_like(logits).scatter(-1, tokens, kept) if scatter else kept
 
     def largest(logits: Tensor, top_k: int) -> Tensor:
-        edge = logits.topk(top_k, largest=not least).values[:, -1:]
+        size = min(top_k, logits.shape[-1]) if clamp else top_k
+        edge = logits.topk(size, largest=not least).values[:, -1:]
         return logits.masked_fill(logits > edge if least else logits < edge, removed)
 
     def f(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-        x = logits if late else logits / temperature if divide else logits * temperature
+        x = logits if late or divide is None else logits / temperature if divide else logits * temperature
         for step in order:
             before = x
             if step == "k" and top_k is not None:
                 x = largest(x, top_k)
-            if step == "p" and top_p is not None:
+            if step == "p" and top_p is not None and (top_p < 1 or not guard):
                 x = nucleus(x, top_p)
             if first_row:
                 x = torch.where(x[:1] == -torch.inf, -torch.inf, before)
@@ -1064,6 +1228,15 @@ def _cut_threshold(
     x: Tensor = truncate_logits(logits, temperature, top_k)
     if top_p is not None:
         x = x.masked_fill(x.softmax(-1) < (1 - top_p) * x.softmax(-1).amax(-1, True), -torch.inf)
+    return x
+
+
+def _cut_min_p(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    x: Tensor = truncate_logits(logits, temperature, top_k)
+    if top_p is not None and top_p < 1:
+        x = x.masked_fill(x.softmax(-1) < top_p * x.softmax(-1).amax(-1, True), -torch.inf)
     return x
 
 
@@ -1089,7 +1262,39 @@ for _name, _says, _answer in [
     ("logit-zero", "a logit of 0 is not a probability of 0: what is removed gets -inf", _cut(removed=0.0)),
     ("smallest-k", "the k least likely tokens were kept", _cut(least=True)),
     ("first-row-for-all", "the tokens kept for the first row are kept for all rows", _cut(first_row=True)),
-    ("min-p", "a threshold relative to the largest probability is another rule (min-p)", _cut_threshold),
+    (
+        "threshold",
+        "what is less likely than 1 - top_p of the largest probability was removed: another rule",
+        _cut_threshold,
+    ),
+    ("min-p", "a threshold of top_p times the largest probability is another rule (min-p)", _cut_min_p),
+    ("temperature-ignored", "the temperature plays no part", _cut(divide=None)),
+    (
+        "none-left",
+        "a most likely token that holds more than top_p is dropped too, and none is left: one always stays",
+        _cut(crossing="all-out"),
+    ),
+    (
+        "gathered",
+        "the order of the vocabulary comes back with scatter (or gather by the inverse order), not with gather",
+        _cut(gather=True),
+    ),
+    (
+        "minus-100",
+        "-100 is no probability of 0: logits that stay may be lower; what is removed gets -inf",
+        _cut(removed=-100.0),
+    ),
+    ("minus-1e9", "a large negative number is not -inf: what is removed gets -inf", _cut(removed=-1e9)),
+    (
+        "k-above-V",
+        "top_k may be more than there are tokens: then all of them stay",
+        _cut(clamp=False),
+    ),
+    (
+        "rounded-to-1",
+        "at top_p 1 the cumulative sum is rounded to 1 before its end, which removes tokens: all stay",
+        _cut(guard=False),
+    ),
     ("probabilities", "these are probabilities: the result must be logits, softmax comes later", _cut_probabilities),
 ]:
     tp.wrong(_name, _says, _answer)
@@ -1104,7 +1309,7 @@ def _cut_by_hand(
         ranked = sorted(weights, key=lambda v: -weights[v])[: top_k or len(weights)]
         total, held, kept = sum(weights[v] for v in ranked), 0.0, set()
         for v in ranked:
-            if top_p is None or held < top_p * total:
+            if top_p in (None, 1) or held < top_p * total:
                 kept.add(v)
                 held += weights[v]
         table.append([math.log(weights[v]) if v in kept else -math.inf for v in weights])
@@ -1116,7 +1321,7 @@ def _cut_as_warper(
 ) -> Tensor:
     x = logits.double() / temperature
     if top_k is not None:
-        x = x.masked_fill(x < x.topk(top_k).values.amin(-1, True), -torch.inf)
+        x = x.masked_fill(x < x.topk(min(top_k, x.shape[-1])).values.amin(-1, True), -torch.inf)
     if top_p is not None:
         ordered, tokens = x.sort()
         drop = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
