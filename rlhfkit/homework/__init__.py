@@ -126,21 +126,27 @@ def solution(question_id: str, force: bool = False) -> None:
 
 
 def report() -> None:
-    """Show a bar per question with best score and attempts, and whether hints and the solution were opened."""
+    """Show points per homework, and a bar per question with best score, attempts, hints and the solution if opened."""
     records, note = progress.read()
-    earned = total = 0
-    rows = []
+    rows: dict[int, list[str]] = {}
+    earned: dict[int, float] = {}
+    total: dict[int, int] = {}
     for question_id, question in QUESTIONS.items():
         record = {**progress.EMPTY, **records.get(question_id, {})}
         best = min(record["best"], question.points)
-        earned, total = earned + best, total + question.points
+        earned[question.chapter] = earned.get(question.chapter, 0) + best
+        total[question.chapter] = total.get(question.chapter, 0) + question.points
         words = f"attempts {record['attempts']}" if record["attempts"] else "not tried"
         words += f", hint {record['hints']}" if record["hints"] else ""
         words += ", solution opened" if record["solution_opened"] else ""
         share = f"{best:g}/{question.points}"
-        rows.append(f"{question_id:24s} {messages.bar(best / question.points)} {share:>5s}  {words}")
-    message = messages.Message(f"Homework: {earned:g} of {total} points")
-    message.add_code("\n".join(rows))
+        rows.setdefault(question.chapter, []).append(
+            f"{question_id:24s} {messages.bar(best / question.points)} {share:>5s}  {words}"
+        )
+    message = messages.Message(f"Homework: {sum(earned.values()):g} of {sum(total.values())} points")
+    for chapter, of_chapter in rows.items():
+        message.add("", f"hw{chapter:02d}: {earned[chapter]:g} of {total[chapter]} points")
+        message.add_code("\n".join(of_chapter))
     if not records and not note:
         note = f"no progress is kept in this folder ({progress.path().absolute().parent})"
     if note:

@@ -408,6 +408,22 @@ def test_the_report_shows_best_score_and_attempts(capsys):
     assert out.startswith("Homework: 3 of ")
 
 
+def test_the_report_has_a_subtotal_per_homework_which_its_notebook_announces(capsys):
+    homework.check("group_baseline", QUESTIONS["group_baseline"].reference, verbose=False)
+    homework.report()
+    lines = capsys.readouterr().out.splitlines()
+    for chapter in sorted({question.chapter for question in QUESTIONS.values()}):
+        mine = [question for question in QUESTIONS.values() if question.chapter == chapter]
+        total, earned = sum(question.points for question in mine), 3 if chapter == 3 else 0
+        start = next(
+            i for i, line in enumerate(lines) if line.strip() == f"hw{chapter:02d}: {earned} of {total} points"
+        )
+        rows = [line.split()[0] for line in lines[start + 1 :] if line.strip()][: len(mine)]
+        assert rows == [question.id for question in mine]
+        (master,) = (Path(__file__).parents[2] / "homework" / "master").glob(f"hw{chapter:02d}_*.ipynb")
+        assert f"{total} points" in "".join(json.loads(master.read_text(encoding="utf-8"))["cells"][1]["source"])
+
+
 def test_grade_case_raises_for_the_failing_case_only():
     mistake = next(w for w in QUESTIONS["gae"].wrongs if w.name == "cut-value-only")
     homework.grade_case("gae", 1, mistake.answer)

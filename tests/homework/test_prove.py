@@ -37,7 +37,7 @@ def test_there_are_enough_questions_half_of_them_theory():
         assert 2 * sum(theory) >= len(theory)
     planted = {chapter: sum(len(q.wrongs) for q in QUESTIONS.values() if q.chapter == chapter) for chapter in CHAPTERS}
     assert planted[2] + planted[3] >= 84
-    assert planted[1] + planted[5] >= 66
+    assert planted[1] + planted[5] >= 230
 
 
 def test_every_common_wrong_claim_has_a_planted_answer_that_is_rejected_and_named():
@@ -113,7 +113,7 @@ def test_the_formulas_in_the_third_hints_on_language_and_reward_models_give_the_
     scores = {"chosen_scores": d, "rejected_scores": d.flip(0), "margin": d.square()}
     hint = formula("bt_loss", "", ", one number", logsigmoid=torch.nn.functional.logsigmoid, **scores)
     assert torch.allclose(hint, right["bt_loss"](*scores.values()))
-    known = {"gap": -1.2, "learning_rate": 0.3, "exp": math.exp}
+    known = {"gap": -1.2, "learning_rate": 0.3, "sigmoid": lambda x: 1 / (1 + math.exp(-x))}
     assert formula("one_pair_descent", "gap = ", **known) == pytest.approx(right["one_pair_descent"](-1.2, 1, 0.3))
     known = {"p": d.sigmoid(), "log": torch.log, "max": torch.maximum}
     accuracy, loss = right["noise_ceiling"](d)
@@ -144,6 +144,8 @@ def test_the_numbers_in_explanations_and_tasks_are_the_references():
     assert entropies == re.findall(r"\b\d\.\d{3}\b", text["sampling_entropy"])
     gaps = [f"{right['one_pair_descent'](0.0, steps, 1.0):.2f}" for steps in (10, 100, 1000, 10000)]
     assert gaps == re.findall(r"\b\d\.\d\d\b", text["one_pair_descent"])
+    assert right["one_pair_descent"](750.0, 3, 1.0) == 750.0  # exp(750) is beyond the largest float
+    assert right["one_pair_descent"](-750.0, 3, 0.5) == pytest.approx(-748.5)
     e = math.e
     lines = [1 / (e + 1 - 1), 1 / (1 + e / (e + 1) - 1), e / (e + 1), e / (e + 1) ** 2]
     assert [f"{x:.3f}" for x in lines] == re.findall(r"\b\d\.\d{3}\b", text["bt_algebra"])

@@ -21,6 +21,7 @@ from rlhfkit.homework.comparisons import (
     keeps_inputs,
     lines,
     require,
+    show,
     source,
     unpack,
 )
@@ -162,6 +163,18 @@ bt.plant(
         "common",
     ),
     (
+        "epsilon",
+        "a small number inside the logarithm caps the loss, at 18.4 for 1e-8: use logsigmoid",
+        lambda c, r, margin=None: -((c - r - _m(margin)).sigmoid() + 1e-8).log(),
+        "common",
+    ),
+    (
+        "one-minus-probability",
+        "this is the probability that the rejected response wins: the loss is -log of the win probability",
+        lambda c, r, margin=None: 1 - (c - r - _m(margin)).sigmoid(),
+        "common",
+    ),
+    (
         "pull-to-0",
         "this pulls the difference back once it is large: the loss must go on falling",
         lambda c, r, margin=None: (c - r - _m(margin) - 1).square(),
@@ -183,6 +196,18 @@ bt.plant(
         "hinge",
         "this is a hinge loss: its push stops at a difference of 1",
         lambda c, r, margin=None: (1 - (c - r - _m(margin))).relu(),
+        "common",
+    ),
+    (
+        "hinge-without-margin",
+        "this is a hinge loss, and the margin plays no part in it",
+        lambda c, r, margin=None: (1 - (c - r)).relu(),
+        "common",
+    ),
+    (
+        "hinge-at-the-margin",
+        "this is a hinge loss that is 0 from the margin on: there is no sigmoid in it",
+        lambda c, r, margin=None: (_m(margin) - (c - r)).relu(),
         "common",
     ),
     (
@@ -208,6 +233,18 @@ bt.plant(
         "margin-outside",
         "the margin is added to the loss, where it changes no gradient",
         lambda c, r, margin=None: -logsigmoid(c - r) + _m(margin),
+        "common",
+    ),
+    (
+        "margin-off-the-loss",
+        "the margin is subtracted from the loss, where it changes no gradient: it belongs to the difference",
+        lambda c, r, margin=None: -logsigmoid(c - r) - _m(margin),
+        "common",
+    ),
+    (
+        "chosen-detached",
+        "the chosen score is detached: right value, but nothing pushes it up",
+        lambda c, r, margin=None: -logsigmoid(c.detach() - r - _m(margin)),
         "common",
     ),
     (
@@ -265,15 +302,16 @@ rs = Question(
     "-sigmoid(-d): about -1 for a pair in the wrong order, -1/2 at a tie, and nearly 0 far in the right order. It is "
     "negative everywhere: the loss always widens the difference, ever more weakly. sigmoid' itself is another function, "
     "small on both sides.",
-    probes=lambda f: [f(T([-6.0, -1.0, 0.0, 0.5, 2.0, 8.0]))],
+    probes=lambda f: [f(T([-6.0, -1.0, 0.0, 0.5, 2.0, 8.0])), f(T([-900.0, 900.0]))],
 )
 
 
-@rs.case("equals autograd from -10 to 10", 2, "differentiate log first, then sigmoid")
+@rs.case("equals autograd from -10 to 10; finite at -900 and 900", 2, "differentiate log first, then sigmoid")
 def _(f: Any) -> None:
     d = torch.linspace(-10, 10, 41).requires_grad_()
     (want,) = torch.autograd.grad(-logsigmoid(d).sum(), d)
     expect_close(f(d.detach().clone()), want, "slope at -10, -9.5, ..., 10")
+    expect_close(f(T([-900.0, 900.0])), T([-1.0, 0.0]), "slope at -900 and 900")
 
 
 @rs.case("never 0 and never positive: the loss always widens the gap", 1, "does it pull d to 0?")
@@ -292,6 +330,18 @@ rs.plant(
         "this is minus the slope of sigmoid itself, small on both sides, not of its logarithm",
         lambda d: -d.sigmoid() * (-d).sigmoid(),
         "W-RM-2",
+    ),
+    (
+        "sigma-prime-up",
+        "this is the slope of sigmoid itself, sigmoid (1 - sigmoid), not of -log sigmoid",
+        lambda d: d.sigmoid() * (-d).sigmoid(),
+        "W-RM-2",
+    ),
+    (
+        "overflow",
+        "exp(-d) overflows, and inf/inf is nan: use sigmoid",
+        lambda d: -(-d).exp() / (1 + (-d).exp()),
+        "common",
     ),
     ("plus", "1 - sigmoid(d) is the slope of +log sigmoid: the loss has a minus", lambda d: (-d).sigmoid(), "common"),
     (
@@ -456,6 +506,18 @@ lt.plant(
         "common",
     ),
     (
+        "from-the-end",
+        "this counts from the end: argmax of the flipped mask has to be taken from L - 1",
+        lambda tokens, pad: _ok(tokens, pad).flip(1).int().argmax(1),
+        "common",
+    ),
+    (
+        "token-itself",
+        "this is the last real token; its position is asked for",
+        lambda tokens, pad: tokens.gather(1, last_token_index(tokens, pad)[:, None])[:, 0],
+        "common",
+    ),
+    (
         "pad-id-0",
         "the padding id is fixed to 0 in your code; it is an argument",
         lambda tokens, pad: last_token_index(tokens, 0),
@@ -492,15 +554,19 @@ ba = Question(
         "(log sigmoid)'.",
         "P = 1/(1 + e^(B - A)), dP/dA = P (1 - P), d log P/dA = 1 - P.",
     ),
-    explanation="With A = 1 and B = 0 line 3 gives 0.368 and line 4 gives 1.368, where P = 0.731: both invert the "
-    "fraction a second time. Line 2 divided by e^A gives 1/(1 + e^(B - A)) = sigmoid(A - B), line 5. Line 7 is the "
+    explanation="With A = 1 and B = 0 line 3 gives 0.368 and line 4 gives 1.368, where P = 0.731: line 3 drops the 1 and "
+    "inverts the ratio, so that it is e^B / e^A, and line 4 is 1/P. Line 2 divided by e^A gives 1/(1 + e^(B - A)) = sigmoid(A - B), line 5. Line 7 is the "
     "derivative of log P (line 8); that of P itself is P (1 - P) = 0.197. Line 6 holds, since 1 - sigmoid(d) = "
     "sigmoid(-d).",
     probes=lambda answer: answer,
 )
 
 
-@ba.case("no true line is called false", 1, "compute both sides at A = 1, B = 0, and at A = 0, B = 2")
+@ba.case(
+    "at least two lines are named, and none of them is true",
+    1,
+    "compute both sides at A = 1, B = 0, and at A = 0, B = 2",
+)
 def _(found: Any) -> None:
     for line in sorted(found - {3, 4, 7}):
         require(False, f"line {line} is true")
@@ -511,13 +577,14 @@ def _(found: Any) -> None:
 def _(found: Any) -> None:
     missing = len({3, 4, 7} - found)
     require(not missing, f"{missing} of 3 false lines not found")
-    require(not found - {3, 4, 7}, f"{len(found - {3, 4, 7})} true lines among them")
+    extra = len(found - {3, 4, 7})
+    require(not extra, f"{extra} true {'line' if extra == 1 else 'lines'} among them")
 
 
 ba.plant(
     (
         "inverted-twice-missed",
-        "lines 3 and 4 are false: both invert the fraction twice, and give 0.368 and 1.368 for 0.731",
+        "lines 3 and 4 are false: line 3 drops the 1 and inverts the ratio, line 4 is 1/P",
         {7},
         "W-RM-4",
     ),
@@ -561,6 +628,12 @@ def same_loss(scores):  # type: ignore[no-untyped-def]
 
 _SCORES = 2 * _normal(4, 3, seed=1) + T([[3.0], [-3.0], [6.0], [11.0]])
 
+_EASY_TO_MISS = (  # rows with mean 0, with first entry 0, with largest entry 0, with equal entries, and equal rows
+    T([[0.0, 2.0, -2.0], [0.0, 1.0, -1.0], [0.0, 2.0, -2.0]]),
+    T([[0.0, -1.0, -2.0], [1.0, 0.0, -1.0], [0.0, -1.0, -2.0]]),
+    T([[0.0, 0.0, 0.0], [5.0, 5.0, 5.0]]),
+)
+
 sh = Question(
     id="reward_shift",
     title="another reward model with the same loss",
@@ -579,13 +652,18 @@ sh = Question(
     "out. The loss therefore pulls no reward towards 0 and fixes no scale's origin: scores of different prompts cannot "
     "be compared before they are normalised, for instance to mean 0 on reference responses. Multiplying the rewards is "
     "something else: it changes every difference.",
-    probes=lambda f: [f(_SCORES.clone()), f(_normal(2, 4, seed=3))],
+    probes=lambda f: [_with_input(f, scores) for scores in (_SCORES, _normal(2, 4, seed=3), *_EASY_TO_MISS)],
 )
+
+
+def _with_input(f: Any, scores: Tensor) -> list[Any]:
+    given = scores.clone()
+    return [f(given), given]
 
 
 @sh.case("the loss of every pair stays as it was", 2, "which number of a pair enters its loss?")
 def _(f: Any) -> None:
-    for scores in (_SCORES, 3 * _normal(5, 4, seed=2)):
+    for scores in (_SCORES, 3 * _normal(5, 4, seed=2), *_EASY_TO_MISS):
         got = as_tensor(keeps_inputs(f)(scores.clone()), "scores")
         expect_shape(got, tuple(scores.shape), "scores")
         for i, j in itertools.combinations(range(scores.shape[1]), 2):
@@ -593,16 +671,26 @@ def _(f: Any) -> None:
             expect_close(new, old, f"losses of responses {i} against {j}", rtol=1e-3)
 
 
-@sh.case("every score moves by 1 or more, no two prompts alike", 1, "an invariance of each prompt on its own")
+@sh.case(
+    "every score moves by 1 or more, no two prompts alike",
+    1,
+    "an amount for each prompt on its own, whatever its scores: what if two prompts have the same ones?",
+)
 def _(f: Any) -> None:
-    moved = as_tensor(f(_SCORES.clone()), "scores")
-    expect_shape(moved, (4, 3), "scores")
-    moved = moved - _SCORES
-    least = moved.abs().min().item()
-    require(least >= 0.99, f"one score moves by {least:.3g} only")
-    for i, j in itertools.combinations(range(4), 2):
-        apart = (moved[i] - moved[j]).abs().max().item()
-        require(apart > 1e-3, f"prompts {i} and {j} move alike, by {moved[i, 0]:.3g}")
+    for scores in (_SCORES, *_EASY_TO_MISS):
+        moved = as_tensor(keeps_inputs(f)(scores.clone()), "scores")
+        expect_shape(moved, tuple(scores.shape), "scores")
+        moved = moved - scores
+        least = int(moved.abs().argmin())
+        row, distance = least // scores.shape[1], moved.abs().min().item()
+        require(distance >= 0.99, f"scores[{row}] = {show(scores[row])}: one of them moves by {distance:.4g} only")
+        for i, j in itertools.combinations(range(len(scores)), 2):
+            apart = (moved[i] - moved[j]).abs().max().item()
+            require(
+                apart >= 0.099,
+                f"scores[{i}] and scores[{j}] move by {show(moved[i])} and {show(moved[j])}, {apart:.3g} apart: "
+                "at least 0.1 is asked for",
+            )
 
 
 sh.plant(
@@ -648,9 +736,56 @@ sh.plant(
         "common",
     ),
 )
-sh.right("centred per prompt", lambda s: s - s.mean(1, True))
-sh.right("log-softmax", lambda s: s.double().log_softmax(1))
-sh.right("relative to the first response", lambda s: s - s[:, :1] + 100 * torch.arange(1, len(s) + 1)[:, None])
+sh.plant(
+    (
+        "centred",
+        "each prompt moves by its own mean, which may be 0, or the mean of another prompt",
+        lambda s: s - s.mean(1, True),
+        "common",
+    ),
+    (
+        "mean-added",
+        "each prompt moves by its own mean, up instead of down; it may be 0, or that of another prompt",
+        lambda s: s + s.mean(1, True),
+        "common",
+    ),
+    (
+        "relative-to-the-first",
+        "each prompt moves by its first score, which may be 0, or that of another prompt",
+        lambda s: s - s[:, :1],
+        "common",
+    ),
+    (
+        "relative-to-the-best",
+        "each prompt moves by its best score, which may be 0, or that of another prompt",
+        lambda s: s - s.amax(1, True),
+        "common",
+    ),
+    (
+        "log-softmax",
+        "each prompt moves by the log-sum-exp of its scores: prompts with the same scores move alike",
+        lambda s: s.log_softmax(1),
+        "common",
+    ),
+    (
+        "in-place",
+        "your function changes the tensor that it was given: work on a copy",
+        lambda s: s.add_(torch.arange(1.0, len(s) + 1)[:, None]),
+        "common",
+    ),
+    (
+        "nearly-alike",
+        "the prompts move by nearly the same amount: at least 0.1 apart is asked for",
+        lambda s: s + 1 + 0.001 * torch.arange(len(s))[:, None],
+        "common",
+    ),
+)
+sh.right(
+    "down and up by turns",
+    lambda s: s + (T([-1.0, 1.0]).repeat(len(s)) * torch.arange(1, 2 * len(s) + 1))[: len(s), None],
+)
+sh.right("numpy, float64", lambda s: s.double().numpy() - 1 - 0.1 * np.arange(len(s))[:, None])
+sh.right("lists", lambda s: [[x - 7 * (i + 1) for x in row] for i, row in enumerate(s.tolist())])
 
 
 # -- how far the push goes -------------------------------------------------------------------------------
@@ -658,10 +793,10 @@ sh.right("relative to the first response", lambda s: s - s[:, :1] + 100 * torch.
 
 def gap_after(start, num_steps, learning_rate):  # type: ignore[no-untyped-def]
     """Gap after num_steps steps of gradient descent on -log sigmoid(gap). Float, int, float -> float."""
-    gap = start
+    gap = torch.tensor(float(start), dtype=torch.float64)
     for _ in range(num_steps):
-        gap = gap + learning_rate / (1 + math.exp(gap))
-    return gap
+        gap = gap + learning_rate * torch.sigmoid(-gap)
+    return gap.item()
 
 
 def _descend(start: float, num_steps: int, learning_rate: float) -> float:
@@ -685,7 +820,7 @@ gd = Question(
     hints=(
         "What is the slope of -log sigmoid at the current gap? In which direction does descent go?",
         "Each step adds the learning rate times sigmoid(-gap), at the gap of that moment.",
-        "Repeat num_steps times: gap = gap + learning_rate/(1 + exp(gap)).",
+        "Repeat num_steps times: gap = gap + learning_rate sigmoid(-gap).",
     ),
     explanation="The slope is -sigmoid(-gap), so every step adds learning_rate sigmoid(-gap): always something, ever "
     "less. From 0 with step size 1 the gap is 2.26, 4.59, 6.91 and 9.21 after 10, 100, 1,000 and 10,000 steps, about "
@@ -699,13 +834,15 @@ gd = Question(
 def _(f: Any) -> None:
     for start, rate in ((0.0, 1.0), (-3.0, 1.0), (2.0, 0.5)):
         got = f(start, 1, rate)
-        expect_close(got, _descend(start, 1, rate), f"from {start:g}, one step of size {rate:g}", rtol=1e-3)
+        expect_close(got, _descend(start, 1, rate), f"from {start:g}, one step of size {rate:g}", rtol=1e-3, atol=6e-4)
 
 
 @gd.case("after 10 and 100 steps from 0", 1, "the slope changes with every step")
 def _(f: Any) -> None:
     for steps in (10, 100):
-        expect_close(f(0.0, steps, 1.0), _descend(0.0, steps, 1.0), f"from 0, {steps} steps of size 1", rtol=1e-3)
+        expect_close(
+            f(0.0, steps, 1.0), _descend(0.0, steps, 1.0), f"from 0, {steps} steps of size 1", rtol=1e-3, atol=6e-4
+        )
 
 
 @gd.case("it goes on widening a large gap", 1, "is the slope ever 0?")
@@ -765,6 +902,9 @@ gd.plant(
         lambda s, n, a: gap_after(s, n - 1, a),
         "common",
     ),
+    ("one-step-too-many", "you made one step too many", lambda s, n, a: gap_after(s, n + 1, a), "common"),
+    ("rate-ignored", "the learning rate plays no part", lambda s, n, a: gap_after(s, n, 1.0), "common"),
+    ("start-ignored", "you started at 0 instead of at start", lambda s, n, a: gap_after(0.0, n, a), "common"),
     (
         "log-of-steps",
         "log(exp(start) + rate n) is the right growth but not the result of the steps",
@@ -811,7 +951,7 @@ nc = Question(
     "better response is right with probability max(p, 1 - p) = sigmoid(|d|), and nothing is right more often. The "
     "expected loss of a prediction q is -p log q - (1 - p) log(1 - q), least at q = p, where it is the entropy of the "
     "label. A model that beats the ceiling on held-out labels has been lucky or has seen them.",
-    probes=lambda f: [list(unpack(f(T(x)), 2, "probe")) for x in (_DIFFERENCES, [0.0, 4.0], [-1.0, -3.0, 0.5])],
+    probes=lambda f: [list(unpack(f(T(x)), 2, "probe")) for x in (_DIFFERENCES, [0.0, 4.0], [-1.0, -3.0, 0.5], [40.0])],
 )
 
 
@@ -837,15 +977,25 @@ def _(f: Any) -> None:
         expect_close(_ceiling(f, d)[0], best, f"accuracy on {len(p)} pairs", rtol=2e-3)
 
 
-@nc.case("the least expected loss", 1, "the label is random: average the loss over both labels")
+@nc.case(
+    "the least expected loss, finite for large differences too",
+    1,
+    "the label is random: average the loss over both labels; logsigmoid does not underflow",
+)
 def _(f: Any) -> None:
     for d in (T(_DIFFERENCES), _normal(4, seed=3)):
         want = torch.distributions.Bernoulli(logits=d.double()).entropy().mean()
-        expect_close(_ceiling(f, d)[1], want, f"loss on {len(d)} pairs", rtol=2e-3)
+        expect_close(_ceiling(f, d)[1], want, f"loss on {len(d)} pairs", rtol=2e-3, atol=6e-4)
+    for x in (20.0, 40.0, -40.0):
+        expect_close(_ceiling(f, T([x, 0.0]))[1], math.log(2) / 2, f"loss at differences ({x:g}, 0)", rtol=2e-3)
 
 
 def _right_loss(d: Tensor) -> Tensor:
     return noise_ceiling(d)[1]  # type: ignore[no-any-return]
+
+
+def _plogp(p: Tensor) -> Tensor:
+    return (p * p.log()).mean()
 
 
 def _right_accuracy(d: Tensor) -> Tensor:
@@ -904,6 +1054,42 @@ nc.plant(
         "common",
     ),
     (
+        "zero-times-log-zero",
+        "0 * log 0 gives nan once 1 - p is rounded to 0: use logsigmoid(d) and logsigmoid(-d)",
+        lambda d: (_right_accuracy(d), -_plogp(d.sigmoid()) - _plogp(1 - d.sigmoid())),
+        "common",
+    ),
+    (
+        "first-always-wins",
+        "this is the loss if the first response always won: average over both labels",
+        lambda d: (_right_accuracy(d), -logsigmoid(d).mean()),
+        "common",
+    ),
+    (
+        "half-of-the-loss",
+        "-p log p is one of two terms: the second response wins with probability 1 - p",
+        lambda d: (_right_accuracy(d), -_plogp(d.sigmoid())),
+        "common",
+    ),
+    (
+        "loss-sum",
+        "the loss is summed over the pairs; a mean is asked for",
+        lambda d: (_right_accuracy(d), _right_loss(d) * len(d)),
+        "common",
+    ),
+    (
+        "both-sums",
+        "both numbers are summed over the pairs; means are asked for",
+        lambda d: (_right_accuracy(d) * len(d), _right_loss(d) * len(d)),
+        "common",
+    ),
+    (
+        "exchanged",
+        "the two numbers are exchanged: the accuracy comes first",
+        lambda d: (_right_loss(d), _right_accuracy(d)),
+        "common",
+    ),
+    (
         "bits",
         "the loss is in bits: use the natural logarithm",
         lambda d: (_right_accuracy(d), _right_loss(d) / math.log(2)),
@@ -914,7 +1100,7 @@ nc.plant(
 
 def _ceiling_by_loop(differences: Tensor) -> list[float]:
     p = [1 / (1 + math.exp(-abs(x))) for x in differences.tolist()]
-    return [sum(p) / len(p), sum(-x * math.log(x) - (1 - x) * math.log(1 - x) for x in p) / len(p)]
+    return [sum(p) / len(p), sum(-q * math.log(q) for x in p for q in (x, 1 - x) if q > 0) / len(p)]
 
 
 nc.right("python floats", _ceiling_by_loop)
@@ -1053,6 +1239,25 @@ kw.plant(
         "common",
     ),
     ("reversed", "the first column is the best one: chosen minus rejected", lambda s: ranking_loss(-s), "common"),
+    ("no-minus", "the minus is missing: this is the log-likelihood", lambda s: -ranking_loss(s), "common"),
+    (
+        "whole-matrix",
+        "all K^2 ordered pairs are averaged, each response with itself included: only K (K - 1)/2 are in the ranking",
+        lambda s: -logsigmoid(_differences(s)).mean((1, 2)),
+        "common",
+    ),
+    (
+        "detached",
+        "the value is right, but no gradient reaches the scores",
+        lambda s: ranking_loss(s.detach()),
+        "common",
+    ),
+    (
+        "worse-detached",
+        "the worse score of each pair is detached: right value, but nothing pushes it down",
+        lambda s: (-logsigmoid(s[:, :, None] - s.detach()[:, None, :]) * _upper(s)).sum((1, 2)) / _upper(s).sum(),
+        "common",
+    ),
     (
         "divided-by-k-squared",
         "divide by the number of pairs, K (K - 1)/2, not by K^2",
@@ -1121,6 +1326,8 @@ def calibration_error(probabilities, outcomes, num_bins=10):  # type: ignore[no-
 
 _P = T([0.02, 0.11, 0.17, 0.31, 0.33, 0.38, 0.58, 0.72, 0.77, 0.93, 0.96, 1.0])
 _WINS = T([0, 0, 1, 0, 1, 0, 1, 1, 0, 1, 1, 0]) > 0
+_EDGES = T([0.0, 0.25, 0.5, 0.75])
+_PRECISION = 6e-4  # three decimals
 
 ce = Question(
     id="calibration",
@@ -1139,8 +1346,8 @@ ce = Question(
     ),
     explanation="Calibrated means: of the pairs that get 70 %, 70 % are won. Bin the predictions, compare the mean "
     "prediction with the share of wins in each bin, and weigh the bins with their sizes. A model may rank perfectly and "
-    "be badly calibrated: doubling all score differences changes no order and makes every probability overconfident.",
-    probes=lambda f: [f(_P, _WINS, 5), f(_P[:5], _WINS[:5], 2), f(_P, _WINS)],
+    "be badly calibrated: doubling all score differences changes no order, and a calibrated model becomes overconfident.",
+    probes=lambda f: [f(_P, _WINS, 5), f(_P[:5], _WINS[:5], 2), f(_P, _WINS), f(_EDGES, _WINS[2:6], 4)],
 )
 
 
@@ -1151,9 +1358,11 @@ ce = Question(
 )
 def _(f: Any) -> None:
     got = keeps_inputs(f)(T([0.6, 0.7, 0.8, 0.9]), T([True, False, True, False]), num_bins=1)
-    expect_close(got, 0.25, "probabilities (.6, .7, .8, .9), outcomes (1, 0, 1, 0), 1 bin")
+    expect_close(got, 0.25, "probabilities (.6, .7, .8, .9), outcomes (1, 0, 1, 0), 1 bin", atol=_PRECISION)
     got = f(T([0.1, 0.2, 0.3]), T([True, True, False]), num_bins=1)
-    expect_close(got, 2 / 3 - 0.2, "probabilities (.1, .2, .3), outcomes (1, 1, 0), 1 bin")
+    expect_close(got, 2 / 3 - 0.2, "probabilities (.1, .2, .3), outcomes (1, 1, 0), 1 bin", atol=_PRECISION)
+    got = f(T([0.2] * 5 + [0.8] * 5), T([1, 1, 0, 0, 0, 1, 1, 1, 1, 1]) > 0, num_bins=1)
+    expect_close(got, 0.2, "five pairs at .2 with 2 wins, five at .8 with 5, 1 bin", atol=_PRECISION)
 
 
 @ce.case(
@@ -1161,28 +1370,30 @@ def _(f: Any) -> None:
 )
 def _(f: Any) -> None:
     got = f(T([0.61, 0.61, 0.61, 0.01]), T([True, False, True, False]), num_bins=2)
-    expect_close(got, 3 / 4 * (2 / 3 - 0.61) + 1 / 4 * 0.01, "three pairs at .61, one at .01, 2 bins")
+    expect_close(got, 3 / 4 * (2 / 3 - 0.61) + 1 / 4 * 0.01, "three pairs at .61, one at .01, 2 bins", atol=_PRECISION)
     got = f(T([0.61, 0.61, 0.61, 0.01]), T([True, False, True, False]), num_bins=50)
-    expect_close(got, 3 / 4 * (2 / 3 - 0.61) + 1 / 4 * 0.01, "the same in 50 bins, most of them empty")
+    expect_close(got, 3 / 4 * (2 / 3 - 0.61) + 1 / 4 * 0.01, "the same in 50 bins, most of them empty", atol=_PRECISION)
 
 
 @ce.case("errors of opposite sign do not cancel between bins", 1, "the absolute value is taken per bin")
 def _(f: Any) -> None:
     got = f(T([0.3, 0.3, 0.7, 0.7]), T([False, False, True, True]), num_bins=2)
-    expect_close(got, 0.3, "too high by .3 in one bin, too low by .3 in the other")
+    expect_close(got, 0.3, "too high by .3 in one bin, too low by .3 in the other", atol=_PRECISION)
 
 
 @ce.case(
-    "a probability of exactly 1 belongs to the last bin; 10 bins by default",
+    "a bin holds its lower edge, the last one also 1; 10 bins by default",
     1,
     "floor(p * num_bins), at most num_bins - 1",
 )
 def _(f: Any) -> None:
     p, wins = T([1.0, 1.0, 0.95, 0.85]), T([True, False, True, True])
     got = f(p, wins)
-    expect_close(
-        got, 3 / 4 * (2.95 / 3 - 2 / 3) + 1 / 4 * 0.15, "probabilities (1, 1, .95, .85), outcomes (1, 0, 1, 1)"
-    )
+    want = 3 / 4 * (2.95 / 3 - 2 / 3) + 1 / 4 * 0.15
+    expect_close(got, want, "probabilities (1, 1, .95, .85), outcomes (1, 0, 1, 1)", atol=_PRECISION)
+    got = f(_EDGES, T([True, False, True, False]), num_bins=4)
+    want = (1 + 0.25 + 0.5 + 0.75) / 4
+    expect_close(got, want, "probabilities (0, .25, .5, .75), outcomes (1, 0, 1, 0), 4 bins", atol=_PRECISION)
 
 
 def _calibration(
@@ -1196,11 +1407,17 @@ def _calibration(
     last: bool = True,
     default: int = 10,
     equal_mass: bool = False,
+    closed_right: bool = False,
+    confidence: bool = False,
 ) -> Any:
     def f(probabilities: Tensor, outcomes: Tensor, num_bins: int | None = None) -> Tensor:
         n = num_bins or default
         p, wins = probabilities.double(), outcomes.double()
+        if confidence:
+            p, wins = torch.maximum(p, 1 - p), ((p > 0.5) == outcomes).double()
         bins = (p * n + 1e-9).long()
+        if closed_right:
+            bins = ((p * n - 1e-6).ceil().long() - 1).clamp(min=0)
         bins = bins.clamp(max=n - 1) if last else bins
         if equal_mass:
             bins = p.argsort().argsort() * n // len(p)
@@ -1247,6 +1464,16 @@ for _name, _says, _answer in [
         "equal-mass",
         "your bins hold equally many pairs; bins of equal width are asked for",
         _calibration(equal_mass=True),
+    ),
+    (
+        "confidence",
+        "you judged max(p, 1 - p) against right or wrong: here p is the probability that the first response wins",
+        _calibration(confidence=True),
+    ),
+    (
+        "closed-on-the-right",
+        "a probability on an edge fell into the bin below: each bin holds its lower edge",
+        _calibration(closed_right=True),
     ),
     ("other-default", "the default number of bins is 10", _calibration(default=5)),
     (

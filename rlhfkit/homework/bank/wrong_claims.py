@@ -194,7 +194,7 @@ WRONG_CLAIMS: dict[str, WrongClaim] = {
     ),
     "W-RM-4": WrongClaim(
         "To reach σ(A − B), e^A / (e^A + e^B) is turned into 1 / (e^A / e^B + 1 − 1) and 1 / (1 + (e^A / (e^A + e^B) − 1)).",
-        "Both invert twice (0.368 and 1.368 at A = 1, B = 0, where 0.731 is right). Divide by e^A: 1 / (1 + e^(B − A)).",
+        "The first drops the 1 and inverts the ratio, the second is 1/P (0.368 and 1.368 at A = 1, B = 0, where 0.731 is right). Divide by e^A: 1 / (1 + e^(B − A)).",
         5,
     ),
     "W-RM-5": WrongClaim(
