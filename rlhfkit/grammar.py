@@ -311,12 +311,9 @@ def split_prompts(rows: Tensor, lengths: Tensor, pad_id: int) -> tuple[Tensor, T
     Returns:
         (B, L0) and (B, T), L0 the longest prompt, T the longest rest.
     """
-    width = int(lengths.max())
-    number = torch.arange(rows.shape[1]).expand_as(rows)
-    shift = (width - lengths).unsqueeze(1)
-    padded = torch.cat([torch.full((len(rows), width), pad_id), rows, torch.full((len(rows), width), pad_id)], 1)
-    left = padded.gather(1, torch.arange(width).expand(len(rows), -1) + lengths.unsqueeze(1))
-    left = torch.where(torch.arange(width) < shift, pad_id, left)
-    right = padded.gather(1, number + width + lengths.unsqueeze(1))
-    keep = int((right != pad_id).sum(1).max())
-    return left, right[:, :keep]
+    width, after = int(lengths.max()), lengths.unsqueeze(1)
+    gap = torch.full((len(rows), width), pad_id)
+    padded = torch.cat([gap, rows, gap], 1)
+    left = padded.gather(1, torch.arange(width) + after)
+    right = padded.gather(1, torch.arange(rows.shape[1]) + width + after)
+    return left, right[:, : int((right != pad_id).sum(1).max())]

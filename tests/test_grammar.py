@@ -782,7 +782,7 @@ PLANTED = {
         ),
         "padded with 0": lambda rows, lengths, pad_id: split_prompts(rows, lengths, 0),
         "one token too early": lambda rows, lengths, pad_id: split_prompts(rows, (lengths - 1).clamp(min=1), pad_id),
-        "one width of all rests": edited(split_prompts, ("return left, right[:, :keep]", "return left, right")),
+        "one width of all rests": edited(split_prompts, ("[:, : int((right != pad_id).sum(1).max())]", "")),
         "rests not moved": lambda rows, lengths, pad_id: (
             split_prompts(rows, lengths, pad_id)[0],
             rows[:, int(lengths.max()) :],
