@@ -14,6 +14,8 @@ from rlhfkit.lexicon import INTENSIFIERS, VALENCE
 from rlhfkit.tasks import Comparison, Pair, Rollout
 from rlhfkit.validation import require_in
 
+INTENSIFYING = frozenset(INTENSIFIERS.split())
+
 
 @functools.cache
 def review_grammar() -> ReviewGrammar:
@@ -36,7 +38,7 @@ def opinions(review: str) -> list[float]:
     valences = []
     for before, just_before, word in zip(words, words[1:], words[2:], strict=False):
         if word in VALENCE:
-            intensified = just_before in INTENSIFIERS.split()
+            intensified = just_before in INTENSIFYING
             negated = "not" in (just_before, before if intensified else just_before)
             valences.append(VALENCE[word] * (1.5 if intensified else 1.0) * (-1.0 if negated else 1.0))
     return valences
