@@ -14,6 +14,7 @@ from rlhfkit.logprobs import entropy, next_token_logprobs
 from rlhfkit.masked import aggregate, masked_mean
 from rlhfkit.models import GPT, ScalarModel
 from rlhfkit.preference_losses import bradley_terry_loss
+from rlhfkit.sampling import response_logprobs
 from rlhfkit.train_policy import require_finite
 from rlhfkit.training import Run, batch_of_step, cosine_lr, device_of, join_right_padded, pad_to_one_width
 
@@ -175,9 +176,7 @@ def response_nll(model: GPT, prompts: Tensor, responses: Tensor, batch_size: int
     device = device_of(model)
     mask, pieces = responses != model.pad_id, []
     for x, y in zip(prompts.split(batch_size), responses.split(batch_size), strict=True):
-        sequence = torch.cat([x, y], 1).to(device)
-        logprobs = next_token_logprobs(model.logits(sequence), sequence)[:, prompts.shape[1] - 1 :]
-        pieces.append(-logprobs.cpu())
+        pieces.append(-response_logprobs(model, x.to(device), y.to(device)).cpu())
     nll = torch.cat(pieces)
     return torch.where(mask, nll, torch.zeros_like(nll)), mask
 
@@ -245,14 +244,8 @@ def train_reward_model(
     winners, losers = tokens.chunk(2)
     lengths = tuple(torch.maximum((winners != pad_id).sum(1), (losers != pad_id).sum(1)).tolist())
     recipe = {"loop": "reward model", "rows": count, "steps": steps, "batch_size": batch_size, "lr": lr}
-    recipe |= {
-        "warmup": warmup,
-        "weight_decay": weight_decay,
-        "max_grad_norm": max_grad_norm,
-        "seed": seed,
-        "bf16": bf16,
-    }
-    recipe |= {"center_rewards_coefficient": center_rewards_coefficient, "margins": margins is not None}
+    recipe |= {"warmup": warmup, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "seed": seed}
+    recipe |= {"bf16": bf16, "center_rewards_coefficient": center_rewards_coefficient, "margins": margins is not None}
     optimizer = torch.optim.AdamW(decayed(model.named_parameters(), weight_decay), betas=BETAS, fused=True)
     run = Run(model, [optimizer], recipe, checkpoint, save_every)
     device = device_of(model)

@@ -558,7 +558,7 @@ PLANTED = {
     },
     "response_nll": {
         "sign": lambda *a: (lambda nll, mask: (-nll, mask))(*response_nll(*a)),
-        "shifted": _nll(("prompts.shape[1] - 1 :]", "prompts.shape[1] - 2 : -1]")),
+        "shifted": _nll(("y.to(device))", "y.to(device)).roll(1, 1)")),
         "padding counts": _nll(("torch.where(mask, nll, torch.zeros_like(nll))", "nll")),
         "the end token does not count": _nll(
             ("mask, pieces = responses != model.pad_id", "mask, pieces = responses > 1")
