@@ -26,13 +26,12 @@ import torch
 from torch import Tensor
 
 from rlhfkit.grammar import ReviewGrammar
-from rlhfkit.models import GPT, GPTConfig
 from rlhfkit.reviews import review_grammar
 from rlhfkit.train_preference import response_nll, train_sft
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book"))
-from make_models import HELD_OUT, SFT, SIZES  # noqa: E402
+from make_models import HELD_OUT, LOOP, SFT, SIZES, draw_reviews, new_model  # noqa: E402
 
 STEPS = (25, 50, 75, 100, 150, *range(200, SFT["steps"] + 1, 100))
 ON_THE_WAY = 1_000  # held-out reviews
@@ -56,12 +55,11 @@ def kinds(grammar: ReviewGrammar, prompts: Tensor, reviews: Tensor) -> dict[str,
 def run(seed: int) -> dict[str, Any]:
     """One training run, measured along the way."""
     grammar = review_grammar()
-    prompts, reviews = grammar.sample_tokens(SFT["reviews"], torch.Generator().manual_seed(SFT["data_seed"]))
-    held_out = grammar.sample_tokens(HELD_OUT["reviews"], torch.Generator().manual_seed(HELD_OUT["data_seed"]))
+    prompts, reviews = draw_reviews(SFT)
+    held_out = draw_reviews(HELD_OUT)
     exact, _ = response_nll(grammar, *held_out)
     masks = kinds(grammar, *held_out)
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(grammar.tokenizer.vocab_size, **SIZES, pad_id=grammar.pad_id))
+    model = new_model(seed)
     gaps: dict[str, list[float]] = {name: [] for name in masks}
     measured = 0.0
 
@@ -79,8 +77,7 @@ def run(seed: int) -> dict[str, Any]:
             measured += time.process_time() - start
 
     wall, cpu = time.perf_counter(), time.process_time()
-    loop = {name: SFT[name] for name in ("steps", "batch_size", "lr", "warmup")}
-    train_sft(model, prompts, reviews, seed=seed, **loop, on_step=on_step)
+    train_sft(model, prompts, reviews, seed=seed, **{name: SFT[name] for name in LOOP}, on_step=on_step)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu - measured
     final = {name: round(gap, 4) for name, gap in gap_by_kind(HELD_OUT["reviews"]).items()}
     return {"seed": seed, "final": final, "gaps": gaps, "cpu_s": round(cpu, 1), "wall_s": round(wall, 1)}
@@ -104,7 +101,7 @@ def main() -> None:
     print(f"gap to the grammar, nats per token: median {median:.4f}, worst {worst:.4f}")
     if arguments.write:
         grammar = review_grammar()
-        held_out = grammar.sample_tokens(HELD_OUT["reviews"], torch.Generator().manual_seed(HELD_OUT["data_seed"]))
+        held_out = draw_reviews(HELD_OUT)
         out = {
             "command": f"python benchmarks/sft_curves.py --write --seeds {arguments.seeds}",
             "date": arguments.date,

@@ -13,8 +13,10 @@ import copy
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhfkit.collect import draw_comparisons
 from rlhfkit.grammar import ReviewGrammar
@@ -30,9 +32,24 @@ HELD_OUT_PAIRS = {"pairs": 2_000, "data_seed": 4}
 HELD_OUT = {"reviews": 4_000, "data_seed": 2}
 
 
+LOOP = ("steps", "batch_size", "lr", "warmup")  # settings of a recipe that are the loop's own
+
+
+def draw_reviews(recipe: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Prompts and reviews of a recipe, drawn from the grammar: (N, L0), padded on the left, and (N, T)."""
+    return review_grammar().sample_tokens(recipe["reviews"], torch.Generator().manual_seed(recipe["data_seed"]))
+
+
+def new_model(seed: int) -> GPT:
+    """The model of the reviews before training."""
+    torch.manual_seed(seed)
+    grammar = review_grammar()
+    return GPT(GPTConfig(grammar.tokenizer.vocab_size, **SIZES, pad_id=grammar.pad_id))
+
+
 def gap(model: GPT, grammar: ReviewGrammar) -> float:
     """How much the mean NLL per token exceeds the grammar's own, on the same held-out reviews, nats."""
-    prompts, reviews = grammar.sample_tokens(HELD_OUT["reviews"], torch.Generator().manual_seed(HELD_OUT["data_seed"]))
+    prompts, reviews = draw_reviews(HELD_OUT)
     nll, mask = response_nll(model, prompts, reviews)
     exact, _ = response_nll(grammar, prompts, reviews)
     return float((nll.double() - exact).sum() / mask.sum())
@@ -40,16 +57,13 @@ def gap(model: GPT, grammar: ReviewGrammar) -> float:
 
 def make_sft(seed: int) -> tuple[GPT, dict[str, float]]:
     """The SFT model of a seed and what it reached."""
-    grammar = review_grammar()
-    prompts, reviews = grammar.sample_tokens(SFT["reviews"], torch.Generator().manual_seed(SFT["data_seed"]))
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(grammar.tokenizer.vocab_size, **SIZES, pad_id=grammar.pad_id))
+    prompts, reviews = draw_reviews(SFT)
+    model = new_model(seed)
     start = time.perf_counter()
-    loop = {name: SFT[name] for name in ("steps", "batch_size", "lr", "warmup")}
-    history = train_sft(model, prompts, reviews, seed=seed, **loop)
+    history = train_sft(model, prompts, reviews, seed=seed, **{name: SFT[name] for name in LOOP})
     seconds = time.perf_counter() - start
     last = statistics.mean(row["loss"] for row in history[-100:])
-    return model, {"gap": gap(model, grammar), "loss": last, "seconds": seconds}
+    return model, {"gap": gap(model, review_grammar()), "loss": last, "seconds": seconds}
 
 
 def accuracy(model: ScalarModel, sft: GPT) -> dict[str, float]:
@@ -69,7 +83,7 @@ def make_reward(sft: GPT, seed: int) -> tuple[ScalarModel, dict[str, float]]:
     torch.manual_seed(seed)
     model = ScalarModel(copy.deepcopy(sft))
     start = time.perf_counter()
-    loop = {name: REWARD[name] for name in ("steps", "batch_size", "lr", "warmup")}
+    loop = {name: REWARD[name] for name in LOOP}
     history = train_reward_model(model, *encode_pairs(pairs), seed=seed, **loop)
     seconds = time.perf_counter() - start
     last = statistics.mean(row["loss"] for row in history[-100:])
