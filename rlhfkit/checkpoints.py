@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from rlhfkit.atomic import write_atomically
+
 
 def _digest(tensors: dict[str, Tensor], config: str) -> str:
     sha = hashlib.sha256(config.encode())
@@ -24,19 +26,6 @@ def _digest(tensors: dict[str, Tensor], config: str) -> str:
         sha.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())
         sha.update(x.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """All of ``data`` under ``path``, or what was there before; a kill leaves at most a hidden ``.tmp`` file behind."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: str | os.PathLike[str], tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -64,7 +53,7 @@ def save_checkpoint(path: str | os.PathLike[str], tensors: dict[str, Tensor], co
     data = safetensors.torch.save(copies, {"config": text, "sha256": _digest(copies, text)})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, data)
+    write_atomically(path, data)
 
 
 def load_checkpoint(

@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from rlhfkit.atomic import sync_folder
+
 
 class Journal:
     """An append-only file of lines, each a JSON object, open in one process at a time.
@@ -38,7 +40,7 @@ class Journal:
         self._lock = _lock(self.path)
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            _sync_folder(self.path)
+            sync_folder(self.path.parent)
             *lines, tail = self.path.read_bytes().split(b"\n")
             for number, line in enumerate(lines, 1):
                 try:
@@ -112,29 +114,6 @@ class Journal:
         self._file = self._lock = -1
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a whole file so that a kill at any moment leaves either the old content or the new, never a mixture.
-
-    Args:
-        path: of the file; its folder must exist.
-        data: what it shall hold.
-
-    Raises:
-        OSError: if it cannot be written; the old content stays and no temporary file does.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path)
-
-
 def _lock(path: Path) -> int:
     lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -150,12 +129,3 @@ def _lock(path: Path) -> int:
         os.ftruncate(lock, 0)
         os.write(lock, str(os.getpid()).encode())
     return lock
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a new file last: its name is an entry of its folder, which has to reach the disk as well."""
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhfkit.journal import write_atomically
+from rlhfkit.atomic import write_atomically
 from rlhfkit.label_store import Comparison, Label, LabelStore, left_side
 from rlhfkit.label_studio import LABEL_STUDIO_CONFIG, LabelStudioExport, read_label_studio, to_label_studio
 from rlhfkit.tasks import Pair

@@ -151,40 +151,14 @@ def test_save_refuses_what_it_cannot_write(save_checkpoint=save_checkpoint):
     raises(OSError, lambda: load_checkpoint(path), "model")
 
 
-def _with(name, *changes):
-    """A save or load that uses a changed helper of the module."""
-    wrong = edited(getattr(checkpoints, name), *changes)
-
-    def save(*arguments):
-        with replaced(checkpoints, **{name: wrong}):
-            return save_checkpoint(*arguments)
-
-    return save
-
-
 PLANTED = {
     "save_checkpoint": {
-        "in place": _with(
-            "_write_atomically",
-            ('part = path.with_name(f".{path.name}.{os.getpid()}.tmp")', "part = path"),
-            ("        os.replace(part, path)\n", ""),
-            ("        part.unlink(missing_ok=True)", "        pass"),
-        ),
-        "not flushed to the disk": _with("_write_atomically", ("            os.fsync(file.fileno())\n", "")),
-        "flushed after the rename": _with(
-            "_write_atomically",
-            ("            os.fsync(file.fileno())\n", ""),
+        "in place": edited(save_checkpoint, ("write_atomically(path, data)", "path.write_bytes(data)")),
+        "named before it is on the disk": edited(
+            save_checkpoint,
             (
-                "        os.replace(part, path)\n",
-                "        os.replace(part, path)\n        os.fsync(os.open(path, 0))\n",
-            ),
-        ),
-        "leaves its temporary file": _with("_write_atomically", ("part.unlink(missing_ok=True)", "pass")),
-        "temporary file elsewhere": _with(
-            "_write_atomically",
-            (
-                'path.with_name(f".{path.name}.{os.getpid()}.tmp")',
-                'Path(tempfile.gettempdir()) / f".{path.name}.{os.getpid()}.tmp"',
+                "write_atomically(path, data)",
+                "Path(f'{path}.tmp').write_bytes(data), os.replace(f'{path}.tmp', path)",
             ),
         ),
         "config forgotten": lambda path, tensors, config: save_checkpoint(path, tensors, {}),

@@ -11,7 +11,7 @@ from unittest import mock
 
 from planting import edited, raises
 from rlhfkit import journal as module
-from rlhfkit.journal import Journal, write_atomically
+from rlhfkit.journal import Journal
 
 A, B, C = b'{"a": 1}', b'{"b": "\\u00e9"}', b'{"c": [2, 3]}'
 
@@ -207,43 +207,6 @@ def test_a_system_that_writes_a_byte_at_a_time_still_gets_the_line(Journal=Journ
         assert path.read_bytes() == B + b"\n"
 
 
-def test_a_file_is_written_whole(write_atomically=write_atomically):
-    with file(b"old") as path:
-        write_atomically(path, b"new\r\n\x00")
-        assert path.read_bytes() == b"new\r\n\x00"
-        write_atomically(path.with_name("fresh"), b"")
-        assert sorted(p.name for p in path.parent.iterdir()) == ["fresh", "lines.jsonl"]
-
-
-def test_who_has_the_old_file_open_never_sees_a_mixture(write_atomically=write_atomically):
-    with file(b"old content") as path, open(path, "rb") as reader:
-        write_atomically(path, b"new")
-        assert reader.read() == b"old content"
-
-
-def test_on_a_full_disk_the_old_file_stays_alone(write_atomically=write_atomically):
-    with file(b"old") as path:
-        with largest_file(5):
-            raises(OSError, lambda: write_atomically(path, b"longer than that"))
-        assert path.read_bytes() == b"old"
-        assert [p.name for p in path.parent.iterdir()] == ["lines.jsonl"]
-
-
-def test_the_content_is_on_disk_before_the_name_points_to_it_and_then_the_name(write_atomically=write_atomically):
-    replace, events = os.replace, []
-
-    def seen(fd):
-        events.append("folder" if os.fstat(fd).st_ino == path.parent.stat().st_ino else os.fstat(fd).st_size)
-
-    with file(b"old") as path:
-        with (
-            mock.patch.object(module.os, "fsync", seen),
-            mock.patch.object(module.os, "replace", lambda *a: (events.append("replace"), replace(*a))),
-        ):
-            write_atomically(path, b"12345")
-        assert events == [5, "replace", "folder"]
-
-
 def _journal(*changes):
     return edited(Journal, *changes)
 
@@ -253,7 +216,7 @@ PLANTED = {
         "not synced": _journal(
             ("            os.fsync(self._file)\n        except", "            pass\n        except")
         ),
-        "folder not synced": _journal(("_sync_folder(self.path)", "pass")),
+        "folder not synced": _journal(("sync_folder(self.path.parent)", "pass")),
         "an unfinished line not mended": _journal(("if tail:", "if False:")),
         "an unfinished line thrown away": _journal(('aside.write(tail + b"\\n")', "pass")),
         "a complete line thrown away too": _journal(("complete = json.loads(tail) is not None", "complete = False")),
@@ -276,13 +239,6 @@ PLANTED = {
         "what one write took": _journal(("while data:", "if data:")),
         "overwrites": _journal((" | os.O_APPEND", "")),
         "closed and yet not": _journal(("return self._file < 0", "return False")),
-    },
-    "write_atomically": {
-        "in place": edited(write_atomically, ("os.replace(temporary, path)", "path.write_bytes(data)")),
-        "not synced": edited(write_atomically, ("os.fsync(file.fileno())", "pass")),
-        "synced before it is written": edited(write_atomically, ("file.flush()", "pass")),
-        "folder not synced": edited(write_atomically, ("_sync_folder(path)", "pass")),
-        "temporary file stays": edited(write_atomically, ("temporary.unlink(missing_ok=True)", "pass")),
     },
 }
 EXEMPT: set[str] = set()

@@ -11,7 +11,7 @@ import rlhfkit
 PACKAGE = Path(rlhfkit.__file__).parent
 MATHS = {"logprobs", "kl", "advantages", "policy_losses", "preference_losses"}
 ZERO = MATHS | {"validation", "masked"}
-ONE = {"checkpoints", "gpt", "models", "pretrained", "tasks", "tokenizer", "lexicon", "grammar", "reviews"}
+ONE = {"atomic", "checkpoints", "gpt", "models", "pretrained", "tasks", "tokenizer", "lexicon", "grammar", "reviews"}
 PAGES = {"torch", "numpy", "matplotlib", "PIL", "ipywidgets", "IPython"}
 MAY_IMPORT = {  # module: (modules of ours, packages of others)
     "__init__": (set(), set()),
@@ -19,7 +19,8 @@ MAY_IMPORT = {  # module: (modules of ours, packages of others)
     "masked": ({"validation"}, {"torch"}),
     **{name: ({"validation", "masked"}, {"torch"}) for name in MATHS},
     "exact": (set(), {"torch"}),
-    "checkpoints": (set(), {"torch", "safetensors"}),
+    "atomic": (set(), set()),
+    "checkpoints": ({"atomic"}, {"torch", "safetensors"}),
     "gpt": ({"validation", "checkpoints"}, {"torch"}),
     "models": ({"validation", "gpt"}, {"torch"}),
     "pretrained": ({"models"}, {"torch", "transformers"}),
@@ -28,10 +29,10 @@ MAY_IMPORT = {  # module: (modules of ours, packages of others)
     "lexicon": (set(), set()),
     "grammar": ({"lexicon", "tokenizer"}, {"torch"}),
     "reviews": ({"validation", "lexicon", "grammar", "tasks"}, {"torch"}),
-    "journal": (set(), set()),
+    "journal": ({"atomic"}, set()),
     "label_store": ({"journal", "tasks"}, set()),
     "label_studio": ({"label_store", "tasks"}, set()),
-    "preferences": ({"journal", "label_store", "label_studio", "tasks"}, set()),
+    "preferences": ({"atomic", "label_store", "label_studio", "tasks"}, set()),
     "labelling": ({"label_store", "preferences", "tasks"}, {"ipywidgets"}),
     "sampling": (ZERO | ONE, {"torch"}),
     "collect": (ZERO | ONE | {"sampling", "training"}, {"torch"}),
@@ -96,6 +97,7 @@ PLANTED = {
     "the automaton knows the judge": ("grammar", "from rlhfkit.reviews import gold_score", {"reviews"}),
     "the journal needs torch": ("journal", "import torch", {"torch"}),
     "the store knows the widget": ("label_store", "from rlhfkit.labelling import label_pairs", {"labelling"}),
+    "writing a file needs torch": ("atomic", "import torch", {"torch"}),
     "a checkpoint knows a model": ("checkpoints", "from rlhfkit.gpt import GPT", {"gpt"}),
     "collecting trains": ("collect", "from rlhfkit.train_preference import train_sft", {"train_preference"}),
     "the shared parts know a loop": ("training", "from rlhfkit.train_policy import require_finite", {"train_policy"}),

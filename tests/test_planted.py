@@ -23,6 +23,7 @@ FILES = (
     "test_grammar",
     "test_reviews",
     "test_collect",
+    "test_atomic",
     "test_checkpoints",
     "test_gpt",
     "test_pretrained",

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MATHS = "validation masked logprobs kl advantages policy_losses preference_losses exact".split()
 LANGUAGE = "tokenizer lexicon grammar reviews collect checkpoints gpt pretrained training train_preference".split()
-LABELS = "journal label_store label_studio preferences labelling".split()
+LABELS = "atomic journal label_store label_studio preferences labelling".split()
 MODULES = (*MATHS, *LANGUAGE, *LABELS, "models", "tasks", "sampling", "train_policy")
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from rlhfkit.atomic import write_atomically
 
 EMPTY: dict[str, Any] = {"attempts": 0, "best": 0, "solution_opened": False, "hints": 0}
 
@@ -57,18 +58,9 @@ def _put_aside(file: Path) -> str:
 def write(questions: dict[str, dict[str, Any]], file: Path | None = None) -> str:
     """Replace the file in one step, so that a kill leaves the old or the new one; returns a note if it fails."""
     file = file or path()
+    content = json.dumps({"version": 1, "questions": questions}, indent=1)
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f"{file.name}.", suffix=".tmp", dir=file.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                json.dump({"version": 1, "questions": questions}, stream, indent=1)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, file)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        write_atomically(file, content.encode())
     except OSError as error:
         return f"progress could not be saved: {error.strerror}"
     return ""

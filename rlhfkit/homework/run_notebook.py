@@ -22,6 +22,7 @@ from typing import Any
 from IPython.core.interactiveshell import InteractiveShell
 
 from rlhfkit import homework
+from rlhfkit.atomic import write_atomically
 from rlhfkit.homework import run_limits
 from rlhfkit.homework.comparisons import shorten
 from rlhfkit.homework.core import QUESTIONS, Question, explain
@@ -98,9 +99,7 @@ def main(task: Path, result: Path) -> None:
                 scores[question_id] = recorded[question_id]
             else:  # never checked, or only while blank
                 scores[question_id] = _judge(question, variables.get(question.variable))[0]
-        temporary = result.with_suffix(".part")
-        temporary.write_text(json.dumps({"scores": scores, "error": problem}), encoding="utf-8")
-        os.replace(temporary, result)
+        write_atomically(result, json.dumps({"scores": scores, "error": problem}).encode())
     os._exit(0)  # threads and exit handlers of the submission have no say any more
 
 

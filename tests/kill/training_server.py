@@ -70,7 +70,7 @@ if __name__ == "__main__":
             try:
                 with replaced(train_preference, Run=BUGS[bug]):
                     if bug == "written in place":
-                        checkpoints._write_atomically = write_in_place
+                        checkpoints.write_atomically = write_in_place
                     train(path, final)
             except BaseException as error:
                 os.write(1, f"error {error}".replace("\n", " ").encode()[:400] + b"\n")
