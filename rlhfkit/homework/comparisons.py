@@ -1,4 +1,4 @@
-"""What cases are written with: comparisons that say what was got and what was expected, and forms of answers."""
+"""What cases are written with: inputs, comparisons that say what was got and what was expected, forms of answers."""
 
 from __future__ import annotations
 
@@ -49,6 +49,11 @@ def shorten(text: str, limit: int) -> str:
 
 
 # -- what cases are written with -------------------------------------------------------------------------
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers in torch's default type: the same for the same seed, whatever was drawn before."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def reject(message: str) -> None:

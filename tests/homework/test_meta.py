@@ -1,6 +1,7 @@
 """The proof itself is alive: it notices when a check goes blind, or when a planted answer loses its case."""
 
 import pytest
+import torch
 
 from rlhfkit.homework import comparisons, core, kill_matrix, prove, questions
 
@@ -54,3 +55,29 @@ def test_a_planted_answer_that_cites_no_known_claim_is_reported(monkeypatch):
     stray = core.Wrong("stray", lambda K: 0.123, "half of nothing at all", "W-XX-1")
     monkeypatch.setattr(question, "wrongs", [*question.wrongs, stray])
     assert any("cites W-XX-1" in fault for fault in prove("group_mean_shrinkage"))
+
+
+def drawn_by_the_seed_alone(normal):
+    """Equal for equal seeds, different for others, and the global generator stays where it was."""
+    state = torch.get_rng_state()
+    first, again, other = (normal(2, 3, seed=seed) for seed in (1, 1, 2))
+    untouched = torch.equal(torch.get_rng_state(), state)
+    return torch.equal(first, again) and not torch.equal(first, other) and untouched
+
+
+def test_the_inputs_of_cases_are_drawn_by_their_seed_alone():
+    assert drawn_by_the_seed_alone(comparisons.normal)
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        lambda *shape, seed=0: torch.randn(*shape),
+        lambda *shape, seed=0: torch.randn(*shape, generator=torch.Generator().manual_seed(0)),
+        lambda *shape, seed=0: torch.randn(*shape, generator=torch.manual_seed(seed)),
+    ],
+    ids=["no seed", "always the same seed", "the global generator, seeded"],
+)
+def test_inputs_that_depend_on_more_or_less_than_their_seed_are_noticed(planted):
+    with torch.random.fork_rng(devices=[]):
+        assert not drawn_by_the_seed_alone(planted)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, tensor
 
 from rlhfkit.homework.comparisons import (
     as_tensor,
@@ -20,18 +20,12 @@ from rlhfkit.homework.comparisons import (
     gradient_or_none,
     keeps_inputs,
     lines,
+    normal,
     numbers,
     require,
     source,
 )
 from rlhfkit.homework.core import Question
-
-T = torch.tensor
-
-
-def _normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
 
 # -- the dictionary --------------------------------------------------------------------------------------
 
@@ -146,16 +140,16 @@ def unembedding_gradient(weight, hidden, token):  # type: ignore[no-untyped-def]
     return torch.outer(error, hidden)
 
 
-_BIG = (T([[3.0, 1.0], [2.0, 0.0], [-1.0, 1.0]]), T([300.0, 0.0]), 1)  # logits (900, 600, -300)
+_BIG = (tensor([[3.0, 1.0], [2.0, 0.0], [-1.0, 1.0]]), tensor([300.0, 0.0]), 1)  # logits (900, 600, -300)
 
 
 def _unembed_probe(f: Any) -> list[Any]:
     weight, hidden, token = _BIG
-    kept = _normal(4, 3, seed=1)
+    kept = normal(4, 3, seed=1)
     return [
-        f(kept, _normal(3, seed=2), 2),
+        f(kept, normal(3, seed=2), 2),
         float(kept.requires_grad),
-        f(_normal(3, 3, seed=3), T([0.2, -1.0, 0.4]), 0),
+        f(normal(3, 3, seed=3), tensor([0.2, -1.0, 0.4]), 0),
         f(weight.clone(), hidden.clone(), token),
     ]
 
@@ -184,7 +178,7 @@ ug = Question(
 @ug.case("a small step up along it raises log pi(y)", 1, "you go up, so log pi(y) must go up")
 def _(f: Any) -> None:
     for seed in (1, 2):
-        weight, hidden = _normal(5, 3, seed=seed), T([0.5, -1.0, 2.0])
+        weight, hidden = normal(5, 3, seed=seed), tensor([0.5, -1.0, 2.0])
         step = as_tensor(f(weight.clone(), hidden.clone(), 3), "gradient")
         expect_shape(step, (5, 3), "gradient")
         before = (weight @ hidden).double().log_softmax(0)[3].item()
@@ -194,8 +188,8 @@ def _(f: Any) -> None:
 
 @ug.case("its rows sum to 0: the same shift of all logits changes nothing", 1, "softmax(s + c) = softmax(s)")
 def _(f: Any) -> None:
-    weight = _normal(4, 3, seed=4)
-    got = as_tensor(keeps_inputs(f)(weight, _normal(3, seed=5), 1), "gradient")
+    weight = normal(4, 3, seed=4)
+    got = as_tensor(keeps_inputs(f)(weight, normal(3, seed=5), 1), "gradient")
     expect_shape(got, (4, 3), "gradient")
     require(not weight.requires_grad, "your function switched on requires_grad of a tensor that it was given")
     require(got.abs().max() > 1e-3, "the gradient is 0 everywhere")
@@ -205,11 +199,11 @@ def _(f: Any) -> None:
 @ug.case("equals autograd, for every token", 2, "what is the gradient in the logits, and how does W enter them?")
 def _(f: Any) -> None:
     for token in range(4):
-        weight, hidden = _normal(4, 3, seed=6).requires_grad_(), _normal(3, seed=7)
+        weight, hidden = normal(4, 3, seed=6).requires_grad_(), normal(3, seed=7)
         (want,) = torch.autograd.grad((weight @ hidden).log_softmax(0)[token], weight)
         expect_close(f(weight.detach().clone(), hidden.clone(), token), want, f"gradient for token {token}")
     weight, hidden, token = _BIG
-    want = T([[-300.0, 0.0], [300.0, 0.0], [0.0, 0.0]])
+    want = tensor([[-300.0, 0.0], [300.0, 0.0], [0.0, 0.0]])
     expect_close(f(weight.clone(), hidden.clone(), token), want, "gradient for token 1 at logits (900, 600, -300)")
 
 
@@ -323,27 +317,27 @@ def sequence_logprob(logits, tokens, response_mask):  # type: ignore[no-untyped-
     return torch.where(response_mask[:, 1:], taken, torch.zeros_like(taken)).sum(1)
 
 
-_MASK = T(
+_MASK = tensor(
     [
         [False, False, True, True, True, True],
         [False, False, False, True, True, False],
         [False, False, True] + [False] * 3,
     ]
 )
-_TOKENS = T([[2, 3, 1, 0, 2, 1], [0, 2, 3, 2, 1, 0], [3, 2, 1, 0, 0, 0]])
+_TOKENS = tensor([[2, 3, 1, 0, 2, 1], [0, 2, 3, 2, 1, 0], [3, 2, 1, 0, 0, 0]])
 
 
 def _sequence_probe(f: Any) -> list[Any]:
     out: list[Any] = []
     for seed, tokens, mask in [(1, _TOKENS, _MASK), (2, _TOKENS[:2, 1:], _MASK[:2, 1:])]:
-        logits = _normal(*tokens.shape, 4, seed=seed).requires_grad_()
+        logits = normal(*tokens.shape, 4, seed=seed).requires_grad_()
         value = f(logits, tokens.clone(), mask.clone())
         out += [value, gradient_or_none(value, logits)]
     return [*out, f(*_LONG), f(*_UNLIKELY)]
 
 
-_LONG = (torch.zeros(1, 121, 2000), torch.full((1, 121), 7), T([[False] + [True] * 120]))
-_UNLIKELY = (T([[[0.0, -900.0]] * 3]), T([[0, 1, 0]]), T([[False, True, True]]))
+_LONG = (torch.zeros(1, 121, 2000), torch.full((1, 121), 7), tensor([[False] + [True] * 120]))
+_UNLIKELY = (tensor([[[0.0, -900.0]] * 3]), tensor([[0, 1, 0]]), tensor([[False, True, True]]))
 
 sl = Question(
     id="sequence_logprob",
@@ -370,7 +364,7 @@ sl = Question(
 
 def _branching(prefix: tuple[int, ...], size: int) -> Tensor:
     """Logits of the next token after a prefix: another distribution for each prefix."""
-    return _normal(size, seed=100 + sum((token + 1) * 7**i for i, token in enumerate(prefix)))
+    return normal(size, seed=100 + sum((token + 1) * 7**i for i, token in enumerate(prefix)))
 
 
 def _all_responses(prompt: tuple[int, ...], length: int, size: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -383,19 +377,19 @@ def _all_responses(prompt: tuple[int, ...], length: int, size: int = 3) -> tuple
             masks.append([len(prompt) <= t < len(prompt) + end for t in range(len(prompt) + length)])
     logits = torch.stack([torch.stack([_branching(row[: t + 1], size) for t in range(len(row))]) for row in rows])
     never = torch.full((*logits.shape[:2], 1), -30.0)  # the policy never chooses padding
-    return torch.cat([never, logits], -1), T(rows), T(masks)
+    return torch.cat([never, logits], -1), tensor(rows), tensor(masks)
 
 
 @sl.case(
     "the worked example; finite for long and for unlikely responses", 1, "sum of log_softmax, one position earlier"
 )
 def _(f: Any) -> None:
-    table = T([[[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]]).log()
-    got = f(table, T([[2, 0, 1]]), T([[False, True, True]]))
-    expect_close(got, T([math.log(0.5 * 0.8)]), "log-probability of the response (0, 1) to the prompt (2)")
-    want = T([-120 * math.log(2000)])
+    table = tensor([[[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]]).log()
+    got = f(table, tensor([[2, 0, 1]]), tensor([[False, True, True]]))
+    expect_close(got, tensor([math.log(0.5 * 0.8)]), "log-probability of the response (0, 1) to the prompt (2)")
+    want = tensor([-120 * math.log(2000)])
     expect_close(f(*_LONG), want, "a response of 120 tokens, each with probability 1/2000")
-    expect_close(f(*_UNLIKELY), T([-900.0]), "logits (0, -900), response (1, 0)")
+    expect_close(f(*_UNLIKELY), tensor([-900.0]), "logits (0, -900), response (1, 0)")
 
 
 @sl.case("the probabilities of all responses sum to 1", 2, "a product of conditional probabilities; the end counts too")
@@ -409,9 +403,9 @@ def _(f: Any) -> None:
 
 @sl.case("prompt and padding count for nothing", 1, "change the logits there: what may not change?")
 def _(f: Any) -> None:
-    logits = _normal(3, 6, 4, seed=4)
-    other, predicts = logits.clone(), torch.cat([_MASK[:, 1:], T([[False]] * 3)], 1)
-    other[~predicts] = _normal(3, 6, 4, seed=5)[~predicts]
+    logits = normal(3, 6, 4, seed=4)
+    other, predicts = logits.clone(), torch.cat([_MASK[:, 1:], tensor([[False]] * 3)], 1)
+    other[~predicts] = normal(3, 6, 4, seed=5)[~predicts]
     first, second = (as_tensor(keeps_inputs(f)(x, _TOKENS, _MASK), "log-probabilities") for x in (logits, other))
     expect_shape(first, (3,), "log-probabilities")
     for row, value in enumerate(first.tolist()):
@@ -421,7 +415,7 @@ def _(f: Any) -> None:
 
 @sl.case("the gradient in the logits is 1_y - p where a response token is predicted", 2, "0 everywhere else")
 def _(f: Any) -> None:
-    logits = _normal(3, 6, 4, seed=6).requires_grad_()
+    logits = normal(3, 6, 4, seed=6).requires_grad_()
     value = f(logits, _TOKENS, _MASK)
     got = gradient(value, logits, "gradient in the logits")
     want = torch.zeros(3, 6, 4)
@@ -590,25 +584,25 @@ se = Question(
     "0.455 at T = 0.5, 0.948 at T = 1 and 1.245 at T = 2, and it tends to log 4 = 1.386 as T grows. T = 1 is the model "
     "itself: how random that is depends on the model. log_softmax keeps large logits / T finite.",
     probes=lambda f: [
-        f(T(_L), 0.5),
-        f(_normal(5, seed=1), 1.0),
-        f(_normal(5, seed=1), 3.0),
-        f(T([40.0, 0.0]), 0.01),
-        f(T([0.0, -2.0]), 0.01),
+        f(tensor(_L), 0.5),
+        f(normal(5, seed=1), 1.0),
+        f(normal(5, seed=1), 3.0),
+        f(tensor([40.0, 0.0]), 0.01),
+        f(tensor([0.0, -2.0]), 0.01),
     ],
 )
 
 
 @se.case("temperature 1 is the model itself", 1, "softmax(logits / 1)")
 def _(f: Any) -> None:
-    for logits in (T(_L), 2 * _normal(5, seed=2)):
+    for logits in (tensor(_L), 2 * normal(5, seed=2)):
         want = torch.distributions.Categorical(logits=logits.double()).entropy()
         expect_close(f(logits.clone(), 1.0), want, "entropy at temperature 1", rtol=2e-3, atol=6e-4)
 
 
 @se.case("between greedy and uniform: equals enumeration at 0.5 and 2", 2, "which distribution is sampled from?")
 def _(f: Any) -> None:
-    for logits, t in itertools.product((T(_L), _normal(6, seed=3)), (0.5, 2.0)):
+    for logits, t in itertools.product((tensor(_L), normal(6, seed=3)), (0.5, 2.0)):
         weights = [math.exp(x / t) for x in logits.tolist()]
         p = [w / sum(weights) for w in weights]
         want = -sum(x * math.log(x) for x in p)
@@ -617,8 +611,8 @@ def _(f: Any) -> None:
 
 @se.case("the limits: 0 at low temperature, log V at high, finite on the way", 1, "use log_softmax")
 def _(f: Any) -> None:
-    expect_close(f(T([40.0, 10.0, 0.0]), 0.01), 0.0, "entropy at temperature 0.01, logits (40, 10, 0)")
-    expect_close(f(T(_L), 1e4), math.log(4), "entropy at temperature 10000", rtol=2e-3)
+    expect_close(f(tensor([40.0, 10.0, 0.0]), 0.01), 0.0, "entropy at temperature 0.01, logits (40, 10, 0)")
+    expect_close(f(tensor(_L), 1e4), math.log(4), "entropy at temperature 10000", rtol=2e-3)
 
 
 def _h(p: Tensor) -> Tensor:
@@ -717,11 +711,11 @@ def excess_nll(teacher, logits):  # type: ignore[no-untyped-def]
 
 def _excess_probe(f: Any) -> list[Any]:
     out: list[Any] = []
-    for teacher, seed in [(T([0.7, 0.2, 0.1]), 1), (_normal(4, seed=2).softmax(0), 3)]:
-        logits = _normal(len(teacher), seed=seed).requires_grad_()
+    for teacher, seed in [(tensor([0.7, 0.2, 0.1]), 1), (normal(4, seed=2).softmax(0), 3)]:
+        logits = normal(len(teacher), seed=seed).requires_grad_()
         value = f(teacher, logits)
         out += [value, gradient_or_none(value, logits)]
-    certain = as_tensor(f(T([1.0, 0.0]), T([0.3, -0.4])), "probe")
+    certain = as_tensor(f(tensor([1.0, 0.0]), tensor([0.3, -0.4])), "probe")
     return [*out, certain.isnan().double()]  # a guard such as 1e-8 changes no diagnosis
 
 
@@ -751,12 +745,12 @@ mk = Question(
 @mk.case("expected negative log-likelihood minus the least possible", 1, "the least value is the teacher's entropy")
 def _(f: Any) -> None:
     expect_close(
-        f(T([0.7, 0.2, 0.1]), T([0.5, 0.3, 0.2]).log()),
+        f(tensor([0.7, 0.2, 0.1]), tensor([0.5, 0.3, 0.2]).log()),
         0.7 * math.log(1.4) + 0.2 * math.log(2 / 3) + 0.1 * math.log(0.5),
         "teacher (.7, .2, .1), pi (.5, .3, .2)",
     )
     for seed in (1, 2):
-        teacher, logits = _normal(4, seed=seed).softmax(0), _normal(4, seed=seed + 5)
+        teacher, logits = normal(4, seed=seed).softmax(0), normal(4, seed=seed + 5)
         nll = -(teacher * logits.log_softmax(0)).sum()
         least = torch.distributions.Categorical(teacher).entropy()
         expect_close(f(teacher, logits), nll - least, "teacher and policy on four responses", atol=3e-5)
@@ -764,23 +758,23 @@ def _(f: Any) -> None:
 
 @mk.case("0 where the policy equals the teacher, and only there", 1, "no policy is better than the teacher")
 def _(f: Any) -> None:
-    teacher = _normal(4, seed=3).softmax(0)
+    teacher = normal(4, seed=3).softmax(0)
     expect_close(f(teacher, teacher.log() + 3.0), 0.0, "at pi = teacher")
     for seed in (4, 5, 6):
-        value = as_tensor(f(teacher, _normal(4, seed=seed)), "value").item()
+        value = as_tensor(f(teacher, normal(4, seed=seed)), "value").item()
         require(value > 1e-4, f"at another policy: got {value:.4g}, which is not above 0")
 
 
 @mk.case("its gradient in the logits is pi - teacher", 1, "the gradient of the expected loss, unchanged")
 def _(f: Any) -> None:
-    teacher, logits = _normal(5, seed=7).softmax(0), _normal(5, seed=8).requires_grad_()
+    teacher, logits = normal(5, seed=7).softmax(0), normal(5, seed=8).requires_grad_()
     got = gradient(f(teacher, logits), logits, "gradient in the logits")
     expect_close(got, logits.detach().softmax(0) - teacher, "gradient in the logits")
 
 
 @mk.case("finite where the teacher never gives a response", 1, "0 log 0 = 0")
 def _(f: Any) -> None:
-    got = f(T([0.0, 1.0, 0.0]), T([0.5, 0.3, 0.2]).log())
+    got = f(tensor([0.0, 1.0, 0.0]), tensor([0.5, 0.3, 0.2]).log())
     expect_close(got, -math.log(0.3), "a teacher that always gives the second response")
 
 
@@ -887,7 +881,7 @@ mk.right("a loop, float64", _excess_by_loop)
 
 # -- one formula, four ways to learn ---------------------------------------------------------------------
 
-_PI, _TEACHER, _REWARD = T([0.5, 0.3, 0.2]), T([0.2, 0.2, 0.6]), T([1.0, 2.0, 4.0])
+_PI, _TEACHER, _REWARD = tensor([0.5, 0.3, 0.2]), tensor([0.2, 0.2, 0.6]), tensor([1.0, 2.0, 4.0])
 
 
 def _weighted(sampler: Tensor, weights: Tensor) -> list[float]:
@@ -1034,7 +1028,7 @@ ir.plant(
         "common",
     ),
 )
-ir.right("a tensor, rounded", T([[-0.3, -0.1, 0.4], [-0.45, 0.03, 0.42], [0, 0, 0], [-1.3, -0.5, 1.8]]))
+ir.right("a tensor, rounded", tensor([[-0.3, -0.1, 0.4], [-0.45, 0.03, 0.42], [0, 0, 0], [-1.3, -0.5, 1.8]]))
 ir.right("numpy", np.array([np.subtract([0.2, 0.2, 0.6], [0.5, 0.3, 0.2]), *_ROWS[1:]]))
 
 
@@ -1073,7 +1067,7 @@ def _expect_cut(result: Any, want: Tensor, what: str) -> None:
 
 
 def _cut_probe(f: Any) -> list[Any]:
-    x, sharp = torch.stack([_normal(6, seed=1), _normal(6, seed=2).flip(0)]), T([[0.4, 0.3, 0.2, 0.1]]).log()
+    x, sharp = torch.stack([normal(6, seed=1), normal(6, seed=2).flip(0)]), tensor([[0.4, 0.3, 0.2, 0.1]]).log()
     calls: list[tuple[Tensor, dict[str, Any]]] = [
         (x, {"temperature": 0.5}),
         (x, {"top_k": 3}),
@@ -1096,7 +1090,7 @@ def _cut_probe(f: Any) -> list[Any]:
         return [*out, "raised"]
 
 
-_LOW, _STEEP = T([[-150.0, -151.0, -152.0]]), T([[0.0, -5.0, -20.0, -40.0]])
+_LOW, _STEEP = tensor([[-150.0, -151.0, -152.0]]), tensor([[0.0, -5.0, -20.0, -40.0]])
 
 
 tp = Question(
@@ -1127,26 +1121,26 @@ tp = Question(
 @tp.case("temperature divides the logits", 1, "without truncation it is softmax(logits / temperature)")
 def _(f: Any) -> None:
     for t in (0.5, 1.0, 3.0):
-        logits = _normal(3, 5, seed=3)
+        logits = normal(3, 5, seed=3)
         got = _drawn(keeps_inputs(f)(logits, temperature=t), (3, 5))
         expect_close(got, (logits / t).softmax(-1), f"probabilities at temperature {t:g}")
 
 
 @tp.case("top-k keeps the k most likely, the rest gets the logit -inf", 1, "-inf is the logit of probability 0")
 def _(f: Any) -> None:
-    logits = T([[0.3, 0.1, 0.2, 0.4], [0.1, 0.6, 0.05, 0.25]]).log()
-    want = T([[3 / 7, 0.0, 0.0, 4 / 7], [0.0, 12 / 17, 0.0, 5 / 17]])
+    logits = tensor([[0.3, 0.1, 0.2, 0.4], [0.1, 0.6, 0.05, 0.25]]).log()
+    want = tensor([[3 / 7, 0.0, 0.0, 4 / 7], [0.0, 12 / 17, 0.0, 5 / 17]])
     _expect_cut(f(logits.clone(), top_k=2), want, "from (.3, .1, .2, .4) and (.1, .6, .05, .25), top_k 2")
-    want = T([[0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
+    want = tensor([[0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
     _expect_cut(f(logits.clone(), top_k=1), want, "the same, top_k 1 (greedy)")
     _expect_cut(f(logits.clone(), top_k=9), logits.exp(), "the same, top_k 9, which is more than there are tokens")
-    want = torch.cat([_LOW[:, :2].softmax(-1), T([[0.0]])], 1)
+    want = torch.cat([_LOW[:, :2].softmax(-1), tensor([[0.0]])], 1)
     _expect_cut(f(_LOW.clone(), top_k=2), want, "from the logits (-150, -151, -152), top_k 2")
 
 
 @tp.case("top-p keeps the shortest list that holds top_p; 1 keeps all", 2, "the token that crosses the line stays")
 def _(f: Any) -> None:
-    rows = T([[0.3, 0.05, 0.15, 0.5], [0.08, 0.7, 0.12, 0.1]])
+    rows = tensor([[0.3, 0.05, 0.15, 0.5], [0.08, 0.7, 0.12, 0.1]])
     for top_p, kept in (
         (0.6, [[0, 3], [1]]),
         (0.9, [[0, 2, 3], [1, 2, 3]]),
@@ -1167,14 +1161,14 @@ def _(f: Any) -> None:
 
 @tp.case("in this order: temperature, top-k, top-p", 2, "top-p looks at what the steps before have left")
 def _(f: Any) -> None:
-    logits, first = T([[0.4, 0.3, 0.2, 0.1]]).log(), T([[1.0, 0.0, 0.0, 0.0]])
+    logits, first = tensor([[0.4, 0.3, 0.2, 0.1]]).log(), tensor([[1.0, 0.0, 0.0, 0.0]])
     expect_close(
         _drawn(f(logits.clone(), top_k=2, top_p=0.55), (1, 4)), first, "from (.4, .3, .2, .1), top_k 2, top_p .55"
     )
     expect_close(
         _drawn(f(logits.clone(), temperature=0.5, top_p=0.5), (1, 4)), first, "the same, temperature .5, top_p .5"
     )
-    want = T([[16 / 29, 9 / 29, 4 / 29, 0.0]])
+    want = tensor([[16 / 29, 9 / 29, 4 / 29, 0.0]])
     result = f(logits.clone(), temperature=0.5, top_k=3, top_p=0.9)
     expect_close(_drawn(result, (1, 4)), want, "the same, temperature .5, top_k 3, top_p .9")
 

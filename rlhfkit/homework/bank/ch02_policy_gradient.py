@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, tensor
 
 from rlhfkit.homework.comparisons import (
     Fail,
@@ -19,19 +19,13 @@ from rlhfkit.homework.comparisons import (
     gradient_or_none,
     keeps_inputs,
     lines,
+    normal,
     numbers,
     require,
     source,
     unpack,
 )
 from rlhfkit.homework.core import Question
-
-T = torch.tensor
-
-
-def _normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
 
 # -- the gradient of the expected score ------------------------------------------------------------------
 
@@ -60,34 +54,34 @@ pg = Question(
     ),
     explanation="Only pi contains the logits. d pi(y)/d logits = pi(y) (1_y - pi), so the sum over y of s(y) d pi(y) "
     "has the entries pi(i) (s(i) - J). The mean over prompts adds the factor 1/P.",
-    probes=lambda f: [f(_normal(2, 4, seed=1), _normal(2, 4, seed=2)), f(_normal(3, 3, seed=3), _normal(3, 3, seed=4))],
+    probes=lambda f: [f(normal(2, 4, seed=1), normal(2, 4, seed=2)), f(normal(3, 3, seed=3), normal(3, 3, seed=4))],
 )
 
 
 @pg.case("the worked example: pi = (0.5, 0.3, 0.2), s = (1, 2, 4)", 1, "which entries must be negative, and why?")
 def _(f: Any) -> None:
-    got = f(T([[0.5, 0.3, 0.2]]).log(), T([[1.0, 2.0, 4.0]]))
-    expect_close(got, T([[-0.45, 0.03, 0.42]]), "gradient for one prompt")
+    got = f(tensor([[0.5, 0.3, 0.2]]).log(), tensor([[1.0, 2.0, 4.0]]))
+    expect_close(got, tensor([[-0.45, 0.03, 0.42]]), "gradient for one prompt")
 
 
 @pg.case("equals autograd through the whole sum, for three prompts", 2, "J is a mean over prompts")
 def _(f: Any) -> None:
     for seed in (5, 6):
-        logits, scores = _normal(3, 4, seed=seed).requires_grad_(), _normal(3, 4, seed=seed + 10)
+        logits, scores = normal(3, 4, seed=seed).requires_grad_(), normal(3, 4, seed=seed + 10)
         (want,) = torch.autograd.grad((logits.softmax(-1) * scores).sum(-1).mean(), logits)
         expect_close(f(logits.detach(), scores), want, "gradient for three prompts")
 
 
 @pg.case("equal scores give gradient 0", 1, "if all responses are equally good there is nothing to learn")
 def _(f: Any) -> None:
-    expect_close(f(_normal(2, 4, seed=7), torch.full((2, 4), 3.0)), torch.zeros(2, 4), "gradient when all scores are 3")
-    other = as_tensor(f(_normal(2, 4, seed=7), _normal(2, 4, seed=8)), "gradient")
+    expect_close(f(normal(2, 4, seed=7), torch.full((2, 4), 3.0)), torch.zeros(2, 4), "gradient when all scores are 3")
+    other = as_tensor(f(normal(2, 4, seed=7), normal(2, 4, seed=8)), "gradient")
     require(other.abs().max() > 1e-3, "the gradient is 0 when the scores differ, too")
 
 
 @pg.case("a small step along it raises J", 1, "you go up, so J must go up")
 def _(f: Any) -> None:
-    logits, scores = _normal(2, 5, seed=8), _normal(2, 5, seed=9)
+    logits, scores = normal(2, 5, seed=8), normal(2, 5, seed=9)
     step = as_tensor(f(logits.clone(), scores.clone()), "gradient")
     expect_shape(step, (2, 5), "gradient")
 
@@ -207,7 +201,7 @@ sz = Question(
     explanation="d log pi(y) / d logits = 1_y - pi. The mean is pi - pi = 0: probabilities sum to 1 whatever the "
     "logits are, so sum_y grad pi(y) = 0, and grad pi = pi grad log pi. If every response scores 1, J is "
     "the constant 1, so its gradient, E[grad log pi], is 0.",
-    probes=lambda f: [f(T([0.3, -1.0, 0.8])), f(_normal(4, seed=3))],
+    probes=lambda f: [f(tensor([0.3, -1.0, 0.8])), f(normal(4, seed=3))],
 )
 
 
@@ -222,20 +216,20 @@ def _rows(f: Any, logits: Tensor) -> Tensor:
 
 @sz.case("its mean under the policy is 0", 1, "weigh row y with pi(y) and add up the rows")
 def _(f: Any) -> None:
-    for logits in (T([0.5, 0.3, 0.2]).log(), _normal(5, seed=4)):
+    for logits in (tensor([0.5, 0.3, 0.2]).log(), normal(5, seed=4)):
         rows = _rows(f, logits)
         expect_close(logits.double().softmax(0) @ rows, torch.zeros(len(logits)), "sum over y of pi(y) times row y")
 
 
 @sz.case("each row sums to 0: a shift of all logits changes nothing", 1, "softmax(x + c) = softmax(x)")
 def _(f: Any) -> None:
-    rows = _rows(f, _normal(4, seed=5))
+    rows = _rows(f, normal(4, seed=5))
     expect_close(rows.sum(1), torch.zeros(4), "sums of the rows")
 
 
 @sz.case("equals autograd, row by row", 3, "row y is the gradient of log pi(y)")
 def _(f: Any) -> None:
-    logits = _normal(4, seed=6)
+    logits = normal(4, seed=6)
     want = torch.autograd.functional.jacobian(lambda x: x.log_softmax(0), logits)
     expect_close(f(logits.clone()), want, "your table")
 
@@ -412,8 +406,8 @@ _M = [[True, True, False, True], [True, True, True, False]]
 
 
 def _to_go_probe(f: Any) -> list[Any]:
-    rewards = T(_R)
-    return [f(T(_R)), f(T(_R), gamma=0.5), f(rewards, mask=T(_M), gamma=0.8), rewards]
+    rewards = tensor(_R)
+    return [f(tensor(_R)), f(tensor(_R), gamma=0.5), f(rewards, mask=tensor(_M), gamma=0.8), rewards]
 
 
 rg = Question(
@@ -438,31 +432,33 @@ rg = Question(
 
 @rg.case("without discount: the reward of this step and of all later ones", 2, "the step's own reward is included")
 def _(f: Any) -> None:
-    expect_close(f(T([[1.0, 2.0, 3.0, 4.0]])), T([[10.0, 9.0, 7.0, 4.0]]), "rewards (1, 2, 3, 4), gamma 1")
+    expect_close(f(tensor([[1.0, 2.0, 3.0, 4.0]])), tensor([[10.0, 9.0, 7.0, 4.0]]), "rewards (1, 2, 3, 4), gamma 1")
 
 
 @rg.case("the discount counts from the step itself", 1, "whatever t is, r_t has weight 1 in G_t")
 def _(f: Any) -> None:
-    got = keeps_inputs(f)(T([[0.0, 0.0, 8.0], [4.0, 2.0, 1.0]]), gamma=0.5)
-    expect_close(got, T([[2.0, 4.0, 8.0], [5.25, 2.5, 1.0]]), "gamma 0.5")
+    got = keeps_inputs(f)(tensor([[0.0, 0.0, 8.0], [4.0, 2.0, 1.0]]), gamma=0.5)
+    expect_close(got, tensor([[2.0, 4.0, 8.0], [5.25, 2.5, 1.0]]), "gamma 0.5")
 
 
 @rg.case("padding adds nothing, whatever finite numbers it holds, and gets 0", 2, "leave masked steps out of the sum")
 def _(f: Any) -> None:
-    mask = T([[True, True, False, False], [True, True, True, True], [True, True, True, False]])
-    rewards = T([[1.0, 2.0, 50.0, -70.0], [1.0, 2.0, 3.0, 4.0], [5.0, 0.0, 2.0, 90.0]])
+    mask = tensor([[True, True, False, False], [True, True, True, True], [True, True, True, False]])
+    rewards = tensor([[1.0, 2.0, 50.0, -70.0], [1.0, 2.0, 3.0, 4.0], [5.0, 0.0, 2.0, 90.0]])
     got = as_tensor(keeps_inputs(f)(rewards, mask=mask, gamma=1.0), "rewards to go")
     expect_shape(got, (3, 4), "rewards to go")
-    expect_close(got[0], T([3.0, 2.0, 0.0, 0.0]), "rewards (1, 2, padding, padding) in a batch of three")
-    expect_close(got[1], T([10.0, 9.0, 7.0, 4.0]), "rewards (1, 2, 3, 4) in the same batch")
-    expect_close(got[2], T([7.0, 2.0, 2.0, 0.0]), "rewards (5, 0, 2, padding) in the same batch")
+    expect_close(got[0], tensor([3.0, 2.0, 0.0, 0.0]), "rewards (1, 2, padding, padding) in a batch of three")
+    expect_close(got[1], tensor([10.0, 9.0, 7.0, 4.0]), "rewards (1, 2, 3, 4) in the same batch")
+    expect_close(got[2], tensor([7.0, 2.0, 2.0, 0.0]), "rewards (5, 0, 2, padding) in the same batch")
 
 
 @rg.case("a masked step is skipped: it costs no discount", 1, "the next step that counts is one step away")
 def _(f: Any) -> None:
-    mask = T([[True, False, True], [False, True, True]])
-    got = f(T([[1.0, 9.0, 4.0], [9.0, 2.0, 8.0]]), mask=mask, gamma=0.5)
-    expect_close(got, T([[3.0, 0.0, 4.0], [0.0, 6.0, 8.0]]), "rewards (1, masked, 4) and (masked, 2, 8), gamma 0.5")
+    mask = tensor([[True, False, True], [False, True, True]])
+    got = f(tensor([[1.0, 9.0, 4.0], [9.0, 2.0, 8.0]]), mask=mask, gamma=0.5)
+    expect_close(
+        got, tensor([[3.0, 0.0, 4.0], [0.0, 6.0, 8.0]]), "rewards (1, masked, 4) and (masked, 2, 8), gamma 0.5"
+    )
 
 
 def _to_go(
@@ -654,7 +650,7 @@ def surrogate(logprobs, rewards, mask):  # type: ignore[no-untyped-def]
 
 
 def _slope(f: Any, rewards: Tensor, mask: Tensor | None = None, seed: int = 1) -> Tensor:
-    logprobs = (-_normal(*rewards.shape, seed=seed).abs()).requires_grad_()
+    logprobs = (-normal(*rewards.shape, seed=seed).abs()).requires_grad_()
     mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     value = f(logprobs, rewards, mask)
     if isinstance(value, Tensor) and value.ndim != 0:
@@ -665,10 +661,10 @@ def _slope(f: Any, rewards: Tensor, mask: Tensor | None = None, seed: int = 1) -
 def _surrogate_probe(f: Any) -> list[Any]:
     out: list[Any] = []
     for rewards, mask in [
-        (T(_R), T([[True] * 4, [True, True, False, False]])),
-        (T([[1.0, -2.0, 4.0]]), T([[True] * 3])),
+        (tensor(_R), tensor([[True] * 4, [True, True, False, False]])),
+        (tensor([[1.0, -2.0, 4.0]]), tensor([[True] * 3])),
     ]:
-        logprobs = (-_normal(*rewards.shape, seed=2).abs()).requires_grad_()
+        logprobs = (-normal(*rewards.shape, seed=2).abs()).requires_grad_()
         rewards = rewards.requires_grad_()
         value = f(logprobs, rewards, mask)
         out += [gradient_or_none(value, logprobs), gradient_or_none(value, rewards)]
@@ -698,32 +694,34 @@ rs = Question(
 
 @rs.case("each log-probability is weighted with its own reward-to-go", 2, "the product stands inside the sum over time")
 def _(f: Any) -> None:
-    expect_close(_slope(f, T([[1.0, 2.0, 3.0]])), T([[-6.0, -5.0, -3.0]]), "gradient, one episode, rewards (1, 2, 3)")
+    expect_close(
+        _slope(f, tensor([[1.0, 2.0, 3.0]])), tensor([[-6.0, -5.0, -3.0]]), "gradient, one episode, rewards (1, 2, 3)"
+    )
 
 
 @rs.case(
     "episodes are averaged, whatever their length", 2, "divide by the number of episodes, not by that of the tokens"
 )
 def _(f: Any) -> None:
-    four = _slope(f, T([[1.0, 2.0, 3.0]]).repeat(4, 1))
-    expect_close(four[2], T([-6.0, -5.0, -3.0]) / 4, "gradient of one episode among four equal ones")
-    mask = T([[True, False, False], [True, True, True]])
-    ragged = _slope(f, T([[8.0, 0.0, 0.0], [0.0, 0.0, 6.0]]), mask)
-    expect_close(ragged[:, 0], T([-4.0, -3.0]), "first tokens of a short and a long episode")
+    four = _slope(f, tensor([[1.0, 2.0, 3.0]]).repeat(4, 1))
+    expect_close(four[2], tensor([-6.0, -5.0, -3.0]) / 4, "gradient of one episode among four equal ones")
+    mask = tensor([[True, False, False], [True, True, True]])
+    ragged = _slope(f, tensor([[8.0, 0.0, 0.0], [0.0, 0.0, 6.0]]), mask)
+    expect_close(ragged[:, 0], tensor([-4.0, -3.0]), "first tokens of a short and a long episode")
 
 
 @rs.case("padding takes no part", 1, "neither its log-probability nor its reward may count")
 def _(f: Any) -> None:
-    mask = T([[True, True, False]])
-    slope = _slope(f, T([[1.0, 2.0, 90.0]]), mask)
-    expect_close(slope, T([[-3.0, -2.0, 0.0]]), "gradient, rewards (1, 2, padding)")
+    mask = tensor([[True, True, False]])
+    slope = _slope(f, tensor([[1.0, 2.0, 90.0]]), mask)
+    expect_close(slope, tensor([[-3.0, -2.0, 0.0]]), "gradient, rewards (1, 2, padding)")
 
 
 @rs.case("the rewards are constants", 1, "where does the gradient flow if a reward model made the rewards?")
 def _(f: Any) -> None:
-    rewards = T([[1.0, 2.0, 3.0]]).requires_grad_()
-    logprobs = T([[-0.5, -1.0, -0.2]]).requires_grad_()
-    value = f(logprobs, rewards, T([[True, True, True]]))
+    rewards = tensor([[1.0, 2.0, 3.0]]).requires_grad_()
+    logprobs = tensor([[-0.5, -1.0, -0.2]]).requires_grad_()
+    value = f(logprobs, rewards, tensor([[True, True, True]]))
     steps = gradient(value, logprobs, "gradient in logprobs")
     require(steps.max() > steps.min(), "every step has the same gradient in logprobs: the rewards play no part")
     (slope,) = torch.autograd.grad(value.sum(), rewards, allow_unused=True)
@@ -872,7 +870,7 @@ def ascent_step(theta, objective, learning_rate):  # type: ignore[no-untyped-def
 
 
 def _expected_score(x: Tensor) -> Tensor:
-    return (x.softmax(0) * T([1.0, 2.0, 4.0])).sum()
+    return (x.softmax(0) * tensor([1.0, 2.0, 4.0])).sum()
 
 
 def _cubic(x: Tensor) -> Tensor:
@@ -881,7 +879,7 @@ def _cubic(x: Tensor) -> Tensor:
 
 def _step_probe(f: Any) -> list[Any]:
     out: list[Any] = []
-    for objective, start in ((_expected_score, T([0.1, -0.2, 0.3])), (_cubic, T([1.0, 2.0, -0.5]))):
+    for objective, start in ((_expected_score, tensor([0.1, -0.2, 0.3])), (_cubic, tensor([1.0, 2.0, -0.5]))):
         theta = start.clone()
         new = f(theta, objective, 0.3)
         out += [new, theta.detach().clone(), "graph" if isinstance(new, Tensor) and new.requires_grad else "no graph"]
@@ -912,7 +910,7 @@ us = Question(
 
 @us.case("a small step raises J", 1, "you maximise")
 def _(f: Any) -> None:
-    theta = T([0.1, -0.2, 0.3])
+    theta = tensor([0.1, -0.2, 0.3])
     new = as_tensor(f(theta.clone(), _expected_score, 0.05), "new parameters")
     expect_shape(new, (3,), "new parameters")
     before, after = _expected_score(theta.double()).item(), _expected_score(new).item()
@@ -921,17 +919,17 @@ def _(f: Any) -> None:
 
 @us.case("moves by learning_rate times the gradient of J", 2, "once, and by the first derivative")
 def _(f: Any) -> None:
-    new = f(T([1.0, 2.0, -0.5]), _cubic, 0.1)
-    expect_close(new, T([1.1, 3.1, -0.425]), "J = sum of cubes - x y at (1, 2, -0.5), rate 0.1")
+    new = f(tensor([1.0, 2.0, -0.5]), _cubic, 0.1)
+    expect_close(new, tensor([1.1, 3.1, -0.425]), "J = sum of cubes - x y at (1, 2, -0.5), rate 0.1")
 
 
 @us.case("leaves theta alone and returns plain numbers", 1, "work on a copy; the result must not require a gradient")
 def _(f: Any) -> None:
-    theta = T([1.0, 2.0, -0.5])
+    theta = tensor([1.0, 2.0, -0.5])
     new = f(theta, _cubic, 0.1)
     require(isinstance(new, Tensor) and new.shape == theta.shape, "expected a tensor with the shape of theta")
     require(torch.isfinite(new).all(), "the new parameters are not finite")
-    expect_close(theta, T([1.0, 2.0, -0.5]), "theta after the call")
+    expect_close(theta, tensor([1.0, 2.0, -0.5]), "theta after the call")
     require(not new.requires_grad, "the new parameters still carry the graph of the old ones")
     require(not torch.equal(new, theta), "the parameters did not move")
     require(not theta.requires_grad, "theta requires a gradient after the call, and did not before")
@@ -1022,13 +1020,13 @@ _EXACT = [-0.45, 0.03, 0.42]
 
 
 def _j(logits: Tensor) -> Tensor:
-    return logits.softmax(0) @ T([1.0, 2.0, 4.0]).double()
+    return logits.softmax(0) @ tensor([1.0, 2.0, 4.0]).double()
 
 
 def _two_gradients() -> list[Tensor]:
     """Score-function gradient by enumeration, and central differences of J."""
-    logits = T([0.5, 0.3, 0.2]).double().log()
-    p, r = logits.softmax(0), T([1.0, 2.0, 4.0]).double()
+    logits = tensor([0.5, 0.3, 0.2]).double().log()
+    p, r = logits.softmax(0), tensor([1.0, 2.0, 4.0]).double()
     score_form = (p * r) @ (torch.eye(3).double() - p)
     difference = torch.stack([(_j(logits + h) - _j(logits - h)) / 2e-5 for h in 1e-5 * torch.eye(3).double()])
     return [score_form, difference]
@@ -1104,7 +1102,7 @@ tg.plant(
         "common",
     ),
 )
-tg.right("a tensor, rounded", T([[0.0, 0.0, 0.0], [-0.45, 0.03, 0.42], [-0.4501, 0.0299, 0.42]]))
+tg.right("a tensor, rounded", tensor([[0.0, 0.0, 0.0], [-0.45, 0.03, 0.42], [-0.4501, 0.0299, 0.42]]))
 
 
 # -- the value of the surrogate is not J -----------------------------------------------------------------
@@ -1117,7 +1115,7 @@ def shift_effects(probs, shift):  # type: ignore[no-untyped-def]
 
 
 def _shift_probe(f: Any) -> list[Any]:
-    return [list(unpack(f(T(p), c), 3, "probe")) for p, c in (([0.7, 0.3], 2.0), ([0.5, 0.3, 0.2], -1.5))]
+    return [list(unpack(f(tensor(p), c), 3, "probe")) for p, c in (([0.7, 0.3], 2.0), ([0.5, 0.3, 0.2], -1.5))]
 
 
 sv = Question(
@@ -1144,22 +1142,24 @@ sv = Question(
 @sv.case("J changes by the shift", 1, "J is a mean of scores")
 def _(f: Any) -> None:
     for c in (2.0, -1.5):
-        expect_close(unpack(f(T([0.7, 0.2, 0.1]), c), 3, "your answer")[0], c, f"change of J, shift {c:g}", rtol=2e-3)
+        expect_close(
+            unpack(f(tensor([0.7, 0.2, 0.1]), c), 3, "your answer")[0], c, f"change of J, shift {c:g}", rtol=2e-3
+        )
 
 
 @sv.case("the expected loss changes by another amount", 2, "the loss is -E[s log pi]")
 def _(f: Any) -> None:
     for p, c in (([0.5, 0.5], 2.0), ([0.7, 0.2, 0.1], -1.5)):
-        probs, s = T(p).double(), _normal(len(p), seed=1).double()
+        probs, s = tensor(p).double(), normal(len(p), seed=1).double()
         want = (-(probs * (s + c) * probs.log()).sum() + (probs * s * probs.log()).sum()).item()
-        got = unpack(f(T(p), c), 3, "your answer")[1]
+        got = unpack(f(tensor(p), c), 3, "your answer")[1]
         expect_close(got, want, f"change of the expected loss, pi {p}, shift {c:g}", rtol=2e-3)
 
 
 @sv.case("the expected gradient does not change", 1, "E[grad log pi] = 0")
 def _(f: Any) -> None:
     for c in (2.0, -1.5):
-        parts = [as_tensor(x, "your answer") for x in unpack(f(T([0.7, 0.2, 0.1]), c), 3, "your answer")]
+        parts = [as_tensor(x, "your answer") for x in unpack(f(tensor([0.7, 0.2, 0.1]), c), 3, "your answer")]
         require(parts[0].abs().max() > 0, "the change of J is 0 as well, so this number shows nothing")
         expect_close(parts[2], 0.0, f"largest change of an entry of the expected gradient, shift {c:g}")
 
@@ -1193,7 +1193,7 @@ sv.plant(
 )
 sv.right("float64, as a list", lambda p, c: [float(c), -c * torch.special.xlogy(p.double(), p.double()).sum(), 0])
 sv.right("an array", lambda p, c: np.array([c, c * _entropy(p).item(), 0.0]))
-sv.right("a tensor", lambda p, c: torch.stack([T(c), c * _entropy(p), T(0.0)]))
+sv.right("a tensor", lambda p, c: torch.stack([tensor(c), c * _entropy(p), tensor(0.0)]))
 sv.right("torch.distributions", lambda p, c: (c, c * torch.distributions.Categorical(p).entropy().item(), 0 * c))
 
 CHAPTER: Sequence[Question] = (pg, sz, pl, df, rg, ec, rs, us, tg, sv)

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, tensor
 
 from rlhfkit.homework.comparisons import (
     as_tensor,
     expect_close,
     expect_shape,
     keeps_inputs,
+    normal,
     numbers,
     orders,
     require,
@@ -24,13 +25,6 @@ from rlhfkit.homework.comparisons import (
     unpack,
 )
 from rlhfkit.homework.core import Question
-
-T = torch.tensor
-
-
-def _normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
 
 # -- generalised advantage estimation --------------------------------------------------------------------
 
@@ -63,13 +57,13 @@ def _advantages(f: Any, rewards: Tensor, values: Tensor, **options: Any) -> Tens
 
 
 def _gae_probe(f: Any) -> list[Any]:
-    r, v = _normal(2, 6, seed=3), _normal(2, 6, seed=4)
-    mask = T([[True, True, False, True, True, False], [False, True, True, True, True, True]])
-    dones = T([[False] * 6, [False, False, True, False, False, False]])
-    last = T([1.3, -0.7])
+    r, v = normal(2, 6, seed=3), normal(2, 6, seed=4)
+    mask = tensor([[True, True, False, True, True, False], [False, True, True, True, True, True]])
+    dones = tensor([[False] * 6, [False, False, True, False, False, False]])
+    last = tensor([1.3, -0.7])
     both = {
         "mask": mask,
-        "dones": T([[False, False, True, True, False, False], [True, False, False, True, False, False]]),
+        "dones": tensor([[False, False, True, True, False, False], [True, False, False, True, False, False]]),
     }
     return [
         list(f(r.clone(), v.clone(), gamma=0.9, lam=0.8, last_values=last)),
@@ -101,19 +95,21 @@ ga = Question(
 
 @ga.case("lam = 0 gives the one-step error delta", 1, "with lam = 0 only delta_t is left")
 def _(f: Any) -> None:
-    got = _advantages(f, T(_REWARDS), T(_VALUES), gamma=0.9, lam=0.0, last_values=T(_LAST))
-    expect_close(got, T([[1 - 0.54 - 0.5, 2 + 0.63 + 0.6, 3 + 0.72 - 0.7, 4 + 1.8 - 0.8]]), "advantages at lam = 0")
+    got = _advantages(f, tensor(_REWARDS), tensor(_VALUES), gamma=0.9, lam=0.0, last_values=tensor(_LAST))
+    expect_close(
+        got, tensor([[1 - 0.54 - 0.5, 2 + 0.63 + 0.6, 3 + 0.72 - 0.7, 4 + 1.8 - 0.8]]), "advantages at lam = 0"
+    )
 
 
 @ga.case("lam = 1 gives the discounted return minus the value", 1, "the values between telescope; last_values stays")
 def _(f: Any) -> None:
-    got = _advantages(f, T(_REWARDS), T(_VALUES), gamma=0.5, lam=1.0, last_values=T(_LAST))
-    expect_close(got, T([[3.375 - 0.5, 4.75 + 0.6, 5.5 - 0.7, 5.0 - 0.8]]), "advantages at lam = 1, gamma = 0.5")
+    got = _advantages(f, tensor(_REWARDS), tensor(_VALUES), gamma=0.5, lam=1.0, last_values=tensor(_LAST))
+    expect_close(got, tensor([[3.375 - 0.5, 4.75 + 0.6, 5.5 - 0.7, 5.0 - 0.8]]), "advantages at lam = 1, gamma = 0.5")
 
 
 @ga.case("gamma and lam enter separately", 1, "the next value is multiplied by gamma only, the carried sum by both")
 def _(f: Any) -> None:
-    r, v, last = _normal(3, 5, seed=1), _normal(3, 5, seed=2), _normal(3, seed=3)
+    r, v, last = normal(3, 5, seed=1), normal(3, 5, seed=2), normal(3, seed=3)
     got = unpack(keeps_inputs(f)(r, v, gamma=0.8, lam=0.6, last_values=last), 2, "gae returns (advantages, returns)")[0]
     delta = r + 0.8 * torch.cat([v[:, 1:], last[:, None]], 1) - v
     want = [sum(0.48 ** (k - t) * delta[:, k] for k in range(t, 5)) for t in range(5)]
@@ -122,9 +118,9 @@ def _(f: Any) -> None:
 
 @ga.case("a finished step cuts the rollout in two", 2, "compare with running each episode alone")
 def _(f: Any) -> None:
-    r, v, last = _normal(3, 5, seed=4), _normal(3, 5, seed=5), T([3.0, -1.0, 2.0])
+    r, v, last = normal(3, 5, seed=4), normal(3, 5, seed=5), tensor([3.0, -1.0, 2.0])
     ends = (2, 4, 5)  # steps before the end of the first episode of each row; the last row has one episode
-    dones = T([[t + 1 == end < 5 for t in range(5)] for end in ends])
+    dones = tensor([[t + 1 == end < 5 for t in range(5)] for end in ends])
     got = _advantages(f, r, v, gamma=0.9, lam=0.8, dones=dones, last_values=last)
     expect_shape(got, (3, 5), "advantages")
     for b, end in enumerate(ends):
@@ -142,7 +138,7 @@ _MASK = [[True, True, False, True, True, False], [False, True, True, True, False
 
 def _judge_masked(f: Any, r: Tensor, v: Tensor, last: Tensor, dones: Tensor | None) -> None:
     """The rollouts with masked steps against each of them alone, its masked steps removed by hand."""
-    mask = T(_MASK)
+    mask = tensor(_MASK)
     options = {} if dones is None else {"dones": dones}
     pair = keeps_inputs(f)(r, v, gamma=0.9, lam=0.8, mask=mask, last_values=last, **options)
     got, returns = (as_tensor(x, "gae") for x in unpack(pair, 2, "gae returns (advantages, returns)"))
@@ -160,25 +156,25 @@ def _judge_masked(f: Any, r: Tensor, v: Tensor, last: Tensor, dones: Tensor | No
 
 @ga.case("masked steps are skipped and get 0 in both results", 1, "remove the masked steps by hand and compare")
 def _(f: Any) -> None:
-    _judge_masked(f, _normal(3, 6, seed=6), _normal(3, 6, seed=7), T([1.5, -2.0, 0.5]), None)
+    _judge_masked(f, normal(3, 6, seed=6), normal(3, 6, seed=7), tensor([1.5, -2.0, 0.5]), None)
 
 
 @ga.case("mask and dones work together; dones on a masked step is ignored", 1, "a masked step is skipped entirely")
 def _(f: Any) -> None:
     dones = [[False, True, True, False, False, False], [True, False, True, False, True, False], [False] * 5 + [True]]
-    _judge_masked(f, _normal(3, 6, seed=8), _normal(3, 6, seed=9), T([1.5, -2.0, 0.5]), T(dones))
+    _judge_masked(f, normal(3, 6, seed=8), normal(3, 6, seed=9), tensor([1.5, -2.0, 0.5]), tensor(dones))
 
 
 @ga.case("advantages are raw, and returns are advantages plus values", 1, "whitening belongs to the loss")
 def _(f: Any) -> None:
     def run(scale: float) -> tuple[Any, ...]:
-        r, v = scale * T(_REWARDS), scale * T(_VALUES)
-        return unpack(f(r, v, gamma=0.9, lam=0.8, last_values=scale * T(_LAST)), 2, "gae")
+        r, v = scale * tensor(_REWARDS), scale * tensor(_VALUES)
+        return unpack(f(r, v, gamma=0.9, lam=0.8, last_values=scale * tensor(_LAST)), 2, "gae")
 
     (advantages, returns), (scaled, _) = run(1.0), run(10.0)
     a = as_tensor(advantages, "advantages")
     expect_shape(a, (1, 4), "advantages")
-    expect_close(returns, a + T(_VALUES), "returns against advantages + values")
+    expect_close(returns, a + tensor(_VALUES), "returns against advantages + values")
     expect_close(scaled, 10 * a, "ten times the rewards and values against ten times the advantages")
 
 
@@ -402,17 +398,17 @@ bb = Question(
     explanation="The second moment is E[|g|^2 (s - b)^2]; its derivative in b vanishes at E[|g|^2 s] / E[|g|^2]. With "
     "two responses |g|^2 is proportional to (1 - p)^2 and p^2, so the weights are those of the policy, swapped. The "
     "value V has the policy's own weights and is not the best.",
-    probes=lambda f: [as_tensor(f(T(p), T(s)), "probe") for p, s in _SMALL + _LARGER],
+    probes=lambda f: [as_tensor(f(tensor(p), tensor(s)), "probe") for p, s in _SMALL + _LARGER],
 )
 
 
 def _judge_baseline(f: Any, worlds: Sequence[tuple[list[float], list[float]]], least: Callable[..., float]) -> None:
     for p, s in worlds:
-        b = as_tensor(f(T(p), T(s)), "baseline")
+        b = as_tensor(f(tensor(p), tensor(s)), "baseline")
         require(
             b.numel() == 1 and bool(torch.isfinite(b).all()), f"expected one finite number, got shape {tuple(b.shape)}"
         )
-        variance, bound = _variance(T(p), T(s), b.flatten()[0].item()), least(T(p), T(s))
+        variance, bound = _variance(tensor(p), tensor(s), b.flatten()[0].item()), least(tensor(p), tensor(s))
         message = f"pi {p}, scores {s}: with your baseline {b.flatten()[0]:.4g} the variance is {variance:.5f}"
         require(variance <= bound + 1e-6 + 1e-6 * bound, f"{message}, the least possible is {bound:.5f}")
 
@@ -565,12 +561,12 @@ vb.right("fractions", (Fraction(9, 10000), Fraction(576, 10000), Fraction(0)))
 
 def _shrinkage(group_size: int) -> float:
     """Ratio of the expected gradient with the group mean to the exact one, by enumeration of all groups."""
-    p, r = T([0.7, 0.3]).double(), T([1.0, 3.0]).double()
-    score = T([0.3, -0.7]).double()
+    p, r = tensor([0.7, 0.3]).double(), tensor([1.0, 3.0]).double()
+    score = tensor([0.3, -0.7]).double()
     exact = (p * r * score).sum()
     total = torch.zeros((), dtype=torch.float64)
     for ys in itertools.product(range(2), repeat=group_size):
-        y = torch.tensor(ys)
+        y = tensor(ys)
         total += p[y].prod() * ((r[y] - r[y].mean()) * score[y]).mean()
     return float(total / exact)
 
@@ -603,13 +599,13 @@ bd = Question(
 @bd.case("baselines that do not see the own response change nothing", 1, "b E[grad log pi] = 0 for a constant b")
 def _(x: Any) -> None:
     require(x.max() > x.min(), "the six factors are not all the same")
-    expect_close(x[T([0, 1, 5])], T([1.0, 1.0, 1.0]), "(a), (b), (f)", atol=6e-3, tell_expected=False)
+    expect_close(x[tensor([0, 1, 5])], tensor([1.0, 1.0, 1.0]), "(a), (b), (f)", atol=6e-3, tell_expected=False)
 
 
 @bd.case("baselines that contain the own score shrink the gradient", 2, "what is left of r - b?")
 def _(x: Any) -> None:
     require(not torch.allclose(x[2:5], torch.ones(3).double()), "(c), (d), (e): they do contain the own score")
-    expect_close(x[2:4], T([0.5, 0.0]), "(c), (d)", atol=6e-3, tell_expected=False)
+    expect_close(x[2:4], tensor([0.5, 0.0]), "(c), (d)", atol=6e-3, tell_expected=False)
     expect_close(x[4], _shrinkage(4), "(e)", atol=6e-3, tell_expected=False)
 
 
@@ -652,7 +648,7 @@ bd.plant(
         "W-BL-1",
     ),
 )
-bd.right("a tensor", T([1.0, 1.0, 0.5, 0.0, 0.75, 1.0], dtype=torch.float64))
+bd.right("a tensor", tensor([1.0, 1.0, 0.5, 0.0, 0.75, 1.0], dtype=torch.float64))
 
 
 # -- the mean of the others ------------------------------------------------------------------------------
@@ -679,34 +675,34 @@ gb = Question(
     ),
     explanation="The sum of the group minus the own score, divided by G - 1. The own score is out, so the baseline does "
     "not depend on the own response and the expected gradient is the exact one.",
-    probes=lambda f: [f(_normal(3, 4, seed=1)), f(_normal(2, 3, seed=2))],
+    probes=lambda f: [f(normal(3, 4, seed=1)), f(normal(2, 3, seed=2))],
 )
 
 
 @gb.case("two groups by hand", 1, "the first entry of (1, 2, 6) is the mean of 2 and 6")
 def _(f: Any) -> None:
-    got = f(T([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]]))
-    expect_close(got, T([[4.0, 3.5, 1.5], [1.5, 1.5, 0.0]]), "scores (1, 2, 6) and (0, 0, 3)")
+    got = f(tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]]))
+    expect_close(got, tensor([[4.0, 3.5, 1.5], [1.5, 1.5, 0.0]]), "scores (1, 2, 6) and (0, 0, 3)")
 
 
 @gb.case("the own score does not enter its own baseline", 1, "change one score: whose baselines may move?")
 def _(f: Any) -> None:
-    scores = _normal(2, 4, seed=3)
+    scores = normal(2, 4, seed=3)
     changed = scores.clone()
     changed[0, 1] += 6.0
     before, after = as_tensor(f(scores), "baseline"), as_tensor(f(changed), "baseline")
     expect_shape(before, (2, 4), "baselines")
     expect_close(
-        after - before, T([[2.0, 0.0, 2.0, 2.0], [0.0] * 4]), "change of the baselines when one score grows by 6"
+        after - before, tensor([[2.0, 0.0, 2.0, 2.0], [0.0] * 4]), "change of the baselines when one score grows by 6"
     )
 
 
 @gb.case("if all others got 3 the baseline is 3, whatever the own score", 1, "the mean of equal scores is that score")
 def _(f: Any) -> None:
-    got = as_tensor(f(T([[9.0, 3.0, 3.0, 3.0], [3.0, 3.0, 3.0, 3.0]])), "baselines")
+    got = as_tensor(f(tensor([[9.0, 3.0, 3.0, 3.0], [3.0, 3.0, 3.0, 3.0]])), "baselines")
     expect_shape(got, (2, 4), "baselines")
     expect_close(got[0, 0], 3.0, "baseline of the score 9 in the group (9, 3, 3, 3)")
-    expect_close(got[1], T([3.0, 3.0, 3.0, 3.0]), "baselines in the group (3, 3, 3, 3)")
+    expect_close(got[1], tensor([3.0, 3.0, 3.0, 3.0]), "baselines in the group (3, 3, 3, 3)")
 
 
 def _std(s: Tensor) -> Tensor:
@@ -853,19 +849,22 @@ ad = Question(
     ),
     explanation="V(s) is the mean of Q(s, a) under the policy, so A = Q - V has mean 0 under the policy in every state. "
     "For pi = (0.9, 0.1), Q = (1, 0): V = 0.9 and A = (0.1, -0.9).",
-    probes=lambda f: [f(_normal(2, 3, seed=1).softmax(1), _normal(2, 3, seed=2)), f(T([[0.9, 0.1]]), T([[1.0, 0.0]]))],
+    probes=lambda f: [
+        f(normal(2, 3, seed=1).softmax(1), normal(2, 3, seed=2)),
+        f(tensor([[0.9, 0.1]]), tensor([[1.0, 0.0]])),
+    ],
 )
 
 
 @ad.case("pi = (0.9, 0.1), Q = (1, 0)", 1, "V is 0.9, not 0.5")
 def _(f: Any) -> None:
-    expect_close(f(T([[0.9, 0.1]]), T([[1.0, 0.0]])), T([[0.1, -0.9]]), "advantages")
+    expect_close(f(tensor([[0.9, 0.1]]), tensor([[1.0, 0.0]])), tensor([[0.1, -0.9]]), "advantages")
 
 
 @ad.case("their mean under the policy is 0 in every state", 1, "weigh them with the policy and add")
 def _(f: Any) -> None:
-    probs = _normal(3, 4, seed=3).softmax(1)
-    got = as_tensor(f(probs, _normal(3, 4, seed=4)), "advantages")
+    probs = normal(3, 4, seed=3).softmax(1)
+    got = as_tensor(f(probs, normal(3, 4, seed=4)), "advantages")
     expect_shape(got, (3, 4), "advantages")
     require(got.abs().sum() > 0, "your advantages are all 0")
     expect_close((probs * got).sum(1), torch.zeros(3), "mean under the policy")
@@ -873,8 +872,8 @@ def _(f: Any) -> None:
 
 @ad.case("differences between actions are those of Q", 1, "only a number per state is subtracted")
 def _(f: Any) -> None:
-    q = _normal(3, 4, seed=5)
-    got = as_tensor(f(_normal(3, 4, seed=6).softmax(1), q), "advantages")
+    q = normal(3, 4, seed=5)
+    got = as_tensor(f(normal(3, 4, seed=6).softmax(1), q), "advantages")
     expect_shape(got, (3, 4), "advantages")
     expect_close(got - got[:, :1], q - q[:, :1], "difference to the first action")
 
@@ -1007,7 +1006,7 @@ def _(f: Any) -> None:
 def _(f: Any) -> None:
     gamma = 0.95
     for steps, lam in ((4, 0.7), (5, 0.4)):
-        r, v = _normal(steps, seed=1).double(), _normal(steps + 1, seed=2).double()
+        r, v = normal(steps, seed=1).double(), normal(steps + 1, seed=2).double()
         delta = r + gamma * v[1:] - v[:-1]
         want = sum((gamma * lam) ** k * delta[k] for k in range(steps))
         k_step = []
@@ -1021,7 +1020,7 @@ def _(f: Any) -> None:
 
 @gw.case("lam = 0 puts all weight on one step", 1, "GAE at lam = 0 is delta")
 def _(f: Any) -> None:
-    expect_close(f(4, 0.0), T([1.0, 0.0, 0.0, 0.0]), "weights, T = 4, lam = 0", atol=1e-3)
+    expect_close(f(4, 0.0), tensor([1.0, 0.0, 0.0, 0.0]), "weights, T = 4, lam = 0", atol=1e-3)
 
 
 def _no_tail(n: int, lam: float) -> list[float]:
@@ -1176,7 +1175,7 @@ def _(f: Any) -> None:
 @sw.case("equals the ratio of exact standard deviations", 2, "the standard deviation, not the variance")
 def _(f: Any) -> None:
     for p in (0.01, 0.2, 0.6, 0.95):
-        law, score = T([p, 1 - p]).double(), T([1.0, 0.0]).double()
+        law, score = tensor([p, 1 - p]).double(), tensor([1.0, 0.0]).double()
         spread = (law * (score - (law * score).sum()).square()).sum().sqrt()
         expect_close(f(p), 0.5 / spread, f"weight at p = {p}", rtol=5e-3)
 
@@ -1223,10 +1222,18 @@ def whiten(x, mask=None, shift_mean=True):  # type: ignore[no-untyped-def]
 
 
 def _whiten_probe(f: Any) -> list[Any]:
-    x, mask = _normal(3, 4, seed=1) + 1, T([[True, True, False, False], [True] * 4, [True, True, True, False]])
+    x, mask = normal(3, 4, seed=1) + 1, tensor([[True, True, False, False], [True] * 4, [True, True, True, False]])
     padded = torch.where(mask, x, torch.zeros_like(x))
     given = x.clone()
-    return [f(x), f(x, mask), f(padded, mask), f(x, mask, shift_mean=False), f(T([2.0, 2.0, 2.0])), f(given), given]
+    return [
+        f(x),
+        f(x, mask),
+        f(padded, mask),
+        f(x, mask, shift_mean=False),
+        f(tensor([2.0, 2.0, 2.0])),
+        f(given),
+        given,
+    ]
 
 
 wm = Question(
@@ -1251,7 +1258,7 @@ wm = Question(
 
 @wm.case("without a mask: mean 0, unbiased variance 1", 1, "divide by the standard deviation of all entries")
 def _(f: Any) -> None:
-    got = as_tensor(f(_normal(3, 4, seed=2) * 3 + 5), "whitened")
+    got = as_tensor(f(normal(3, 4, seed=2) * 3 + 5), "whitened")
     expect_shape(got, (3, 4), "whitened")
     expect_close(got.mean(), 0.0, "mean", atol=1e-4)
     expect_close(got.var(), 1.0, "variance (n - 1)", rtol=1e-3)
@@ -1259,11 +1266,11 @@ def _(f: Any) -> None:
 
 @wm.case("more padding, or other finite numbers in it, changes nothing", 2, "only the entries that count may enter")
 def _(f: Any) -> None:
-    x = T([[1.0, 2.0, 6.0], [3.0, 3.0, 9.0]])
+    x = tensor([[1.0, 2.0, 6.0], [3.0, 3.0, 9.0]])
     alone = as_tensor(keeps_inputs(f)(x.clone()), "whitened")
     expect_shape(alone, (2, 3), "whitened")
     require(alone.abs().sum() > 0, "the whitened entries are all 0")
-    mask = T([[True] * 3 + [False] * 2] * 2)
+    mask = tensor([[True] * 3 + [False] * 2] * 2)
     for filling in (0.0, 50.0):
         padded = torch.cat([x, torch.full((2, 2), filling)], 1)
         got = as_tensor(keeps_inputs(f)(padded, mask), "whitened")
@@ -1274,19 +1281,19 @@ def _(f: Any) -> None:
 
 @wm.case("shift_mean=False changes the scale only: the mean stays", 1, "add the mean back")
 def _(f: Any) -> None:
-    x, mask = T([[1.0, 2.0, 6.0, 70.0]]), T([[True, True, True, False]])
+    x, mask = tensor([[1.0, 2.0, 6.0, 70.0]]), tensor([[True, True, True, False]])
     got = f(x, mask, shift_mean=False)
     spread = math.sqrt(7.0)
-    expect_close(got, T([[-2 / spread + 3, -1 / spread + 3, 3 / spread + 3, 0.0]]), "x (1, 2, 6, padding)")
+    expect_close(got, tensor([[-2 / spread + 3, -1 / spread + 3, 3 / spread + 3, 0.0]]), "x (1, 2, 6, padding)")
 
 
 @wm.case("equal entries give 0, in one dimension too", 1, "what does 1e-8 under the root do when the variance is 0?")
 def _(f: Any) -> None:
-    expect_close(f(T([2.0, 2.0, 2.0])), T([0.0, 0.0, 0.0]), "x (2, 2, 2)")
-    mask = T([True, True, False, True])
-    expect_close(f(T([2.0, 2.0, 7.0, 2.0]), mask), T([0.0, 0.0, 0.0, 0.0]), "x (2, 2, padding, 2)")
-    got = f(T([1.0, 2.0, 7.0, 3.0]), mask)
-    expect_close(got, T([-1.0, 0.0, 0.0, 1.0]), "x (1, 2, padding, 3)")
+    expect_close(f(tensor([2.0, 2.0, 2.0])), tensor([0.0, 0.0, 0.0]), "x (2, 2, 2)")
+    mask = tensor([True, True, False, True])
+    expect_close(f(tensor([2.0, 2.0, 7.0, 2.0]), mask), tensor([0.0, 0.0, 0.0, 0.0]), "x (2, 2, padding, 2)")
+    got = f(tensor([1.0, 2.0, 7.0, 3.0]), mask)
+    expect_close(got, tensor([-1.0, 0.0, 0.0, 1.0]), "x (1, 2, padding, 3)")
 
 
 def _whiten_no_eps(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True) -> Tensor:

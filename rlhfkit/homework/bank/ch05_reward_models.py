@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
 from rlhfkit.homework.comparisons import (
@@ -20,19 +20,13 @@ from rlhfkit.homework.comparisons import (
     gradient_or_none,
     keeps_inputs,
     lines,
+    normal,
     require,
     show,
     source,
     unpack,
 )
 from rlhfkit.homework.core import Question
-
-T = torch.tensor
-
-
-def _normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
 
 # -- the loss of a pair ----------------------------------------------------------------------------------
 
@@ -46,13 +40,13 @@ def bradley_terry_loss(chosen_scores, rejected_scores, margin=None):  # type: ig
 
 
 def _pairs(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(_normal(4, seed=seed + i).requires_grad_() for i in range(3))  # type: ignore[return-value]
+    return tuple(normal(4, seed=seed + i).requires_grad_() for i in range(3))  # type: ignore[return-value]
 
 
 def _bt_probe(f: Any) -> list[Any]:
     chosen, rejected, margin = _pairs(1)
     plain, shifted = f(chosen, rejected), f(chosen, rejected, margin=margin)
-    far = T([-900.0, 3.0]).requires_grad_()
+    far = tensor([-900.0, 3.0]).requires_grad_()
     distant = f(far, torch.zeros(2))
     return [
         *(gradient_or_none(plain, x) for x in (chosen, rejected)),
@@ -85,14 +79,14 @@ bt = Question(
 
 @bt.case("log 2 at equal scores, less if the chosen one is ahead", 1, "-log of the win probability")
 def _(f: Any) -> None:
-    got = f(T([1.5, 2.0, 0.0]), T([1.5, 0.0, 2.0]))
-    want = T([math.log(2), math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))])
+    got = f(tensor([1.5, 2.0, 0.0]), tensor([1.5, 0.0, 2.0]))
+    want = tensor([math.log(2), math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))])
     expect_close(got, want, "losses at differences 0, 2 and -2")
 
 
 @bt.case("one number per pair, which depends on that pair only", 1, "the average is the caller's choice")
 def _(f: Any) -> None:
-    chosen, rejected = _normal(5, seed=4), _normal(5, seed=5)
+    chosen, rejected = normal(5, seed=4), normal(5, seed=5)
     got = as_tensor(keeps_inputs(f)(chosen, rejected), "losses")
     expect_shape(got, (5,), "losses")
     alone = [as_tensor(f(chosen[i : i + 1], rejected[i : i + 1]), "loss")[0] for i in range(5)]
@@ -102,7 +96,7 @@ def _(f: Any) -> None:
 
 @bt.case("the gradient pushes the two scores apart", 2, "equal and opposite, and larger for a pair in the wrong order")
 def _(f: Any) -> None:
-    chosen, rejected = _normal(4, seed=6).requires_grad_(), _normal(4, seed=7).requires_grad_()
+    chosen, rejected = normal(4, seed=6).requires_grad_(), normal(4, seed=7).requires_grad_()
     losses = f(chosen, rejected)
     push = 1 / (1 + (chosen - rejected).detach().exp())
     expect_close(gradient(losses, chosen, "gradient in chosen_scores"), -push, "gradient in chosen_scores")
@@ -127,10 +121,12 @@ def _(f: Any) -> None:
 
 @bt.case("finite at a difference of -900, with a gradient", 1, "log(sigmoid(x)) underflows; what does torch offer?")
 def _(f: Any) -> None:
-    chosen = T([-900.0]).requires_grad_()
-    losses = f(chosen, T([0.0]))
-    expect_close(losses, T([900.0]), "loss at a difference of -900")
-    expect_close(gradient(losses, chosen, "gradient"), T([-1.0]), "gradient in chosen_scores at a difference of -900")
+    chosen = tensor([-900.0]).requires_grad_()
+    losses = f(chosen, tensor([0.0]))
+    expect_close(losses, tensor([900.0]), "loss at a difference of -900")
+    expect_close(
+        gradient(losses, chosen, "gradient"), tensor([-1.0]), "gradient in chosen_scores at a difference of -900"
+    )
 
 
 def _m(margin: Any) -> Any:
@@ -302,7 +298,7 @@ rs = Question(
     "-sigmoid(-d): about -1 for a pair in the wrong order, -1/2 at a tie, and nearly 0 far in the right order. It is "
     "negative everywhere: the loss always widens the difference, ever more weakly. sigmoid' itself is another function, "
     "small on both sides.",
-    probes=lambda f: [f(T([-6.0, -1.0, 0.0, 0.5, 2.0, 8.0])), f(T([-900.0, 900.0]))],
+    probes=lambda f: [f(tensor([-6.0, -1.0, 0.0, 0.5, 2.0, 8.0])), f(tensor([-900.0, 900.0]))],
 )
 
 
@@ -311,7 +307,7 @@ def _(f: Any) -> None:
     d = torch.linspace(-10, 10, 41).requires_grad_()
     (want,) = torch.autograd.grad(-logsigmoid(d).sum(), d)
     expect_close(f(d.detach().clone()), want, "slope at -10, -9.5, ..., 10")
-    expect_close(f(T([-900.0, 900.0])), T([-1.0, 0.0]), "slope at -900 and 900")
+    expect_close(f(tensor([-900.0, 900.0])), tensor([-1.0, 0.0]), "slope at -900 and 900")
 
 
 @rs.case("never 0 and never positive: the loss always widens the gap", 1, "does it pull d to 0?")
@@ -383,7 +379,7 @@ def last_token_index(tokens, pad_id):  # type: ignore[no-untyped-def]
     return torch.where(tokens != pad_id, positions, -1).amax(1)
 
 
-_ROWS = T([[5, 3, 7, 2, 0, 0, 0], [0, 0, 4, 6, 2, 1, 1], [0, 0, 0, 9, 8, 1, 0], [4, 0, 0, 0, 0, 0, 0]])
+_ROWS = tensor([[5, 3, 7, 2, 0, 0, 0], [0, 0, 4, 6, 2, 1, 1], [0, 0, 0, 9, 8, 1, 0], [4, 0, 0, 0, 0, 0, 0]])
 
 lt = Question(
     id="last_token_index",
@@ -406,16 +402,16 @@ lt = Question(
     "and a row without padding has no first padding token.",
     probes=lambda f: [
         f(_ROWS.clone(), 0),
-        f(T([[3, 3, 9, 9], [9, 9, 9, 3], [4, 9, 5, 6]]), 9),
-        f(T([[1, 2], [2, 2], [0, 1]]), -1),
-        f(T([[0, 4, 2, 0, 0], [3, 0, 0, 0, 0]]), 0),
+        f(tensor([[3, 3, 9, 9], [9, 9, 9, 3], [4, 9, 5, 6]]), 9),
+        f(tensor([[1, 2], [2, 2], [0, 1]]), -1),
+        f(tensor([[0, 4, 2, 0, 0], [3, 0, 0, 0, 0]]), 0),
     ],
 )
 
 
 def _index(f: Any, rows: list[list[int]], pad_id: int, want: list[int], what: str) -> None:
-    got = as_tensor(keeps_inputs(f)(T(rows), pad_id), "positions")
-    expect_close(got, T(want), f"positions, {what}")
+    got = as_tensor(keeps_inputs(f)(tensor(rows), pad_id), "positions")
+    expect_close(got, tensor(want), f"positions, {what}")
 
 
 @lt.case("padded on the right, by different amounts", 1, "the last column is padding for all but the longest row")
@@ -626,12 +622,12 @@ def same_loss(scores):  # type: ignore[no-untyped-def]
     return scores + shifts[:, None]
 
 
-_SCORES = 2 * _normal(4, 3, seed=1) + T([[3.0], [-3.0], [6.0], [11.0]])
+_SCORES = 2 * normal(4, 3, seed=1) + tensor([[3.0], [-3.0], [6.0], [11.0]])
 
 _EASY_TO_MISS = (  # rows with mean 0, with first entry 0, with largest entry 0, with equal entries, and equal rows
-    T([[0.0, 2.0, -2.0], [0.0, 1.0, -1.0], [0.0, 2.0, -2.0]]),
-    T([[0.0, -1.0, -2.0], [1.0, 0.0, -1.0], [0.0, -1.0, -2.0]]),
-    T([[0.0, 0.0, 0.0], [5.0, 5.0, 5.0]]),
+    tensor([[0.0, 2.0, -2.0], [0.0, 1.0, -1.0], [0.0, 2.0, -2.0]]),
+    tensor([[0.0, -1.0, -2.0], [1.0, 0.0, -1.0], [0.0, -1.0, -2.0]]),
+    tensor([[0.0, 0.0, 0.0], [5.0, 5.0, 5.0]]),
 )
 
 sh = Question(
@@ -652,7 +648,7 @@ sh = Question(
     "out. The loss therefore pulls no reward towards 0 and fixes no scale's origin: scores of different prompts cannot "
     "be compared before they are normalised, for instance to mean 0 on reference responses. Multiplying the rewards is "
     "something else: it changes every difference.",
-    probes=lambda f: [_with_input(f, scores) for scores in (_SCORES, _normal(2, 4, seed=3), *_EASY_TO_MISS)],
+    probes=lambda f: [_with_input(f, scores) for scores in (_SCORES, normal(2, 4, seed=3), *_EASY_TO_MISS)],
 )
 
 
@@ -663,7 +659,7 @@ def _with_input(f: Any, scores: Tensor) -> list[Any]:
 
 @sh.case("the loss of every pair stays as it was", 2, "which number of a pair enters its loss?")
 def _(f: Any) -> None:
-    for scores in (_SCORES, 3 * _normal(5, 4, seed=2), *_EASY_TO_MISS):
+    for scores in (_SCORES, 3 * normal(5, 4, seed=2), *_EASY_TO_MISS):
         got = as_tensor(keeps_inputs(f)(scores.clone()), "scores")
         expect_shape(got, tuple(scores.shape), "scores")
         for i, j in itertools.combinations(range(scores.shape[1]), 2):
@@ -782,7 +778,7 @@ sh.plant(
 )
 sh.right(
     "down and up by turns",
-    lambda s: s + (T([-1.0, 1.0]).repeat(len(s)) * torch.arange(1, 2 * len(s) + 1))[: len(s), None],
+    lambda s: s + (tensor([-1.0, 1.0]).repeat(len(s)) * torch.arange(1, 2 * len(s) + 1))[: len(s), None],
 )
 sh.right("numpy, float64", lambda s: s.double().numpy() - 1 - 0.1 * np.arange(len(s))[:, None])
 sh.right("lists", lambda s: [[x - 7 * (i + 1) for x in row] for i, row in enumerate(s.tolist())])
@@ -801,7 +797,7 @@ def gap_after(start, num_steps, learning_rate):  # type: ignore[no-untyped-def]
 
 def _descend(start: float, num_steps: int, learning_rate: float) -> float:
     """By autograd on the loss."""
-    gap = T(start, dtype=torch.float64).requires_grad_()
+    gap = tensor(start, dtype=torch.float64).requires_grad_()
     for _ in range(num_steps):
         (step,) = torch.autograd.grad(-logsigmoid(gap), gap)
         gap = (gap - learning_rate * step).detach().requires_grad_()
@@ -915,7 +911,7 @@ gd.plant(
 gd.right("autograd", _descend)
 gd.right(
     "a tensor, float32",
-    lambda s, n, a: torch.stack([x := T(s), *[x := x + a * torch.sigmoid(-x) for _ in range(n)]])[-1],
+    lambda s, n, a: torch.stack([x := tensor(s), *[x := x + a * torch.sigmoid(-x) for _ in range(n)]])[-1],
 )
 
 
@@ -951,7 +947,9 @@ nc = Question(
     "better response is right with probability max(p, 1 - p) = sigmoid(|d|), and nothing is right more often. The "
     "expected loss of a prediction q is -p log q - (1 - p) log(1 - q), least at q = p, where it is the entropy of the "
     "label. A model that beats the ceiling on held-out labels has been lucky or has seen them.",
-    probes=lambda f: [list(unpack(f(T(x)), 2, "probe")) for x in (_DIFFERENCES, [0.0, 4.0], [-1.0, -3.0, 0.5], [40.0])],
+    probes=lambda f: [
+        list(unpack(f(tensor(x)), 2, "probe")) for x in (_DIFFERENCES, [0.0, 4.0], [-1.0, -3.0, 0.5], [40.0])
+    ],
 )
 
 
@@ -965,12 +963,14 @@ def _(f: Any) -> None:
     accuracy, loss = _ceiling(f, torch.zeros(3))
     expect_close(accuracy, 0.5, "accuracy at differences (0, 0, 0)", rtol=2e-3)
     expect_close(loss, math.log(2), "loss at differences (0, 0, 0)", rtol=2e-3)
-    require((_ceiling(f, T([3.0, 4.0]))[0] - accuracy).abs() > 0.1, "the accuracy does not depend on the differences")
+    require(
+        (_ceiling(f, tensor([3.0, 4.0]))[0] - accuracy).abs() > 0.1, "the accuracy does not depend on the differences"
+    )
 
 
 @nc.case("the accuracy of the best of all rules", 2, "list the rules: for each pair, which response to name")
 def _(f: Any) -> None:
-    for d in (T(_DIFFERENCES), _normal(4, seed=1), _normal(3, seed=2) - 2):
+    for d in (tensor(_DIFFERENCES), normal(4, seed=1), normal(3, seed=2) - 2):
         p = [1 / (1 + math.exp(-x)) for x in d.tolist()]
         rules = itertools.product((True, False), repeat=len(p))
         best = max(sum(x if first else 1 - x for x, first in zip(p, rule, strict=True)) / len(p) for rule in rules)
@@ -983,11 +983,11 @@ def _(f: Any) -> None:
     "the label is random: average the loss over both labels; logsigmoid does not underflow",
 )
 def _(f: Any) -> None:
-    for d in (T(_DIFFERENCES), _normal(4, seed=3)):
+    for d in (tensor(_DIFFERENCES), normal(4, seed=3)):
         want = torch.distributions.Bernoulli(logits=d.double()).entropy().mean()
         expect_close(_ceiling(f, d)[1], want, f"loss on {len(d)} pairs", rtol=2e-3, atol=6e-4)
     for x in (20.0, 40.0, -40.0):
-        expect_close(_ceiling(f, T([x, 0.0]))[1], math.log(2) / 2, f"loss at differences ({x:g}, 0)", rtol=2e-3)
+        expect_close(_ceiling(f, tensor([x, 0.0]))[1], math.log(2) / 2, f"loss at differences ({x:g}, 0)", rtol=2e-3)
 
 
 def _right_loss(d: Tensor) -> Tensor:
@@ -1121,7 +1121,7 @@ def ranking_loss(scores):  # type: ignore[no-untyped-def]
 
 def _ranking_probe(f: Any) -> list[Any]:
     out: list[Any] = []
-    for scores in (_normal(2, 4, seed=1), _normal(3, 3, seed=2), T([[-900.0, 0.0, 3.0]])):
+    for scores in (normal(2, 4, seed=1), normal(3, 3, seed=2), tensor([[-900.0, 0.0, 3.0]])):
         scores = scores.requires_grad_()
         losses = f(scores)
         out += [losses, gradient_or_none(losses, scores)]
@@ -1152,7 +1152,7 @@ kw = Question(
 
 @kw.case("two responses: the loss of the pair", 1, "K = 2 has one pair")
 def _(f: Any) -> None:
-    scores = _normal(5, 2, seed=3)
+    scores = normal(5, 2, seed=3)
     got = as_tensor(keeps_inputs(f)(scores), "losses")
     expect_shape(got, (5,), "losses")
     expect_close(got, softplus(scores[:, 1] - scores[:, 0]), "losses of five prompts with two responses")
@@ -1161,7 +1161,7 @@ def _(f: Any) -> None:
 @kw.case("all pairs, each once", 2, "the best against the worst is a pair, too")
 def _(f: Any) -> None:
     for size in (3, 5):
-        scores = _normal(2, size, seed=size)
+        scores = normal(2, size, seed=size)
         pairs = list(itertools.combinations(range(size), 2))
         want = sum(softplus(scores[:, j] - scores[:, i]) for i, j in pairs) / len(pairs)
         expect_close(f(scores.clone()), want, f"losses of two prompts with {size} responses")
@@ -1177,7 +1177,7 @@ def _(f: Any) -> None:
 
 @kw.case("the gradient: the best is pushed up, the worst down, the sum is 0", 1, "only differences enter")
 def _(f: Any) -> None:
-    scores = T([[2.0, -1.0, 0.5], [-900.0, 0.0, 1.0]]).requires_grad_()
+    scores = tensor([[2.0, -1.0, 0.5], [-900.0, 0.0, 1.0]]).requires_grad_()
     slope_ = gradient(f(scores), scores, "gradient in scores")
     expect_close(slope_.sum(1), torch.zeros(2), "sum of the gradient over the responses")
     push = [[(scores[b, j] - scores[b, i]).sigmoid().item() for j in range(3)] for b in range(2) for i in range(3)]
@@ -1185,7 +1185,7 @@ def _(f: Any) -> None:
         [(-push[3 * b][1] - push[3 * b][2]) / 3, (push[3 * b][1] - push[3 * b + 1][2]) / 3,
          (push[3 * b][2] + push[3 * b + 1][2]) / 3] for b in range(2)
     ]  # fmt: skip
-    expect_close(slope_, T(want), "gradient in scores (2, -1, 0.5) and (-900, 0, 1)")
+    expect_close(slope_, tensor(want), "gradient in scores (2, -1, 0.5) and (-900, 0, 1)")
 
 
 def _differences(s: Tensor) -> Tensor:
@@ -1324,9 +1324,9 @@ def calibration_error(probabilities, outcomes, num_bins=10):  # type: ignore[no-
     return error
 
 
-_P = T([0.02, 0.11, 0.17, 0.31, 0.33, 0.38, 0.58, 0.72, 0.77, 0.93, 0.96, 1.0])
-_WINS = T([0, 0, 1, 0, 1, 0, 1, 1, 0, 1, 1, 0]) > 0
-_EDGES = T([0.0, 0.25, 0.5, 0.75])
+_P = tensor([0.02, 0.11, 0.17, 0.31, 0.33, 0.38, 0.58, 0.72, 0.77, 0.93, 0.96, 1.0])
+_WINS = tensor([0, 0, 1, 0, 1, 0, 1, 1, 0, 1, 1, 0]) > 0
+_EDGES = tensor([0.0, 0.25, 0.5, 0.75])
 _PRECISION = 6e-4  # three decimals
 
 ce = Question(
@@ -1357,11 +1357,11 @@ ce = Question(
     "two numbers: the mean of the predictions and the share of wins",
 )
 def _(f: Any) -> None:
-    got = keeps_inputs(f)(T([0.6, 0.7, 0.8, 0.9]), T([True, False, True, False]), num_bins=1)
+    got = keeps_inputs(f)(tensor([0.6, 0.7, 0.8, 0.9]), tensor([True, False, True, False]), num_bins=1)
     expect_close(got, 0.25, "probabilities (.6, .7, .8, .9), outcomes (1, 0, 1, 0), 1 bin", atol=_PRECISION)
-    got = f(T([0.1, 0.2, 0.3]), T([True, True, False]), num_bins=1)
+    got = f(tensor([0.1, 0.2, 0.3]), tensor([True, True, False]), num_bins=1)
     expect_close(got, 2 / 3 - 0.2, "probabilities (.1, .2, .3), outcomes (1, 1, 0), 1 bin", atol=_PRECISION)
-    got = f(T([0.2] * 5 + [0.8] * 5), T([1, 1, 0, 0, 0, 1, 1, 1, 1, 1]) > 0, num_bins=1)
+    got = f(tensor([0.2] * 5 + [0.8] * 5), tensor([1, 1, 0, 0, 0, 1, 1, 1, 1, 1]) > 0, num_bins=1)
     expect_close(got, 0.2, "five pairs at .2 with 2 wins, five at .8 with 5, 1 bin", atol=_PRECISION)
 
 
@@ -1369,15 +1369,15 @@ def _(f: Any) -> None:
     "bins count by the number of their pairs; empty ones do not count", 1, "weigh each bin with its share of the pairs"
 )
 def _(f: Any) -> None:
-    got = f(T([0.61, 0.61, 0.61, 0.01]), T([True, False, True, False]), num_bins=2)
+    got = f(tensor([0.61, 0.61, 0.61, 0.01]), tensor([True, False, True, False]), num_bins=2)
     expect_close(got, 3 / 4 * (2 / 3 - 0.61) + 1 / 4 * 0.01, "three pairs at .61, one at .01, 2 bins", atol=_PRECISION)
-    got = f(T([0.61, 0.61, 0.61, 0.01]), T([True, False, True, False]), num_bins=50)
+    got = f(tensor([0.61, 0.61, 0.61, 0.01]), tensor([True, False, True, False]), num_bins=50)
     expect_close(got, 3 / 4 * (2 / 3 - 0.61) + 1 / 4 * 0.01, "the same in 50 bins, most of them empty", atol=_PRECISION)
 
 
 @ce.case("errors of opposite sign do not cancel between bins", 1, "the absolute value is taken per bin")
 def _(f: Any) -> None:
-    got = f(T([0.3, 0.3, 0.7, 0.7]), T([False, False, True, True]), num_bins=2)
+    got = f(tensor([0.3, 0.3, 0.7, 0.7]), tensor([False, False, True, True]), num_bins=2)
     expect_close(got, 0.3, "too high by .3 in one bin, too low by .3 in the other", atol=_PRECISION)
 
 
@@ -1387,11 +1387,11 @@ def _(f: Any) -> None:
     "floor(p * num_bins), at most num_bins - 1",
 )
 def _(f: Any) -> None:
-    p, wins = T([1.0, 1.0, 0.95, 0.85]), T([True, False, True, True])
+    p, wins = tensor([1.0, 1.0, 0.95, 0.85]), tensor([True, False, True, True])
     got = f(p, wins)
     want = 3 / 4 * (2.95 / 3 - 2 / 3) + 1 / 4 * 0.15
     expect_close(got, want, "probabilities (1, 1, .95, .85), outcomes (1, 0, 1, 1)", atol=_PRECISION)
-    got = f(_EDGES, T([True, False, True, False]), num_bins=4)
+    got = f(_EDGES, tensor([True, False, True, False]), num_bins=4)
     want = (1 + 0.25 + 0.5 + 0.75) / 4
     expect_close(got, want, "probabilities (0, .25, .5, .75), outcomes (1, 0, 1, 0), 4 bins", atol=_PRECISION)
 
@@ -1425,7 +1425,7 @@ def _calibration(
         for b in range(n):
             inside = bins == b
             if inside.any():
-                mean = T((b + 0.5) / n).double() if centre else p[inside].mean()
+                mean = tensor((b + 0.5) / n).double() if centre else p[inside].mean()
                 gaps.append(mean - wins[inside].mean())
                 sizes.append(inside.sum() / len(p))
         gap, size = torch.stack(gaps), torch.stack(sizes)
