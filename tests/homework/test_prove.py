@@ -19,9 +19,11 @@ REQUIRED = {
     "unembed_grad",
     *("policy_gradient", "score_zero"),
     *("gae", "best_baseline", "group_baseline", "group_mean_shrinkage"),
+    *("offpolicy", "ppo_clip", "ppo_ratio_escape"),
     *("bt_loss", "rm_slope", "last_token_index"),
+    *("ptx_grad", "token_rewards", "reward_back"),
 }
-CHAPTERS = {1: "W-LM", 2: "W-PG", 3: "W-BL", 5: "W-RM"}
+CHAPTERS = {1: "W-LM", 2: "W-PG", 3: "W-BL", 4: "W-PPO", 5: "W-RM", 6: "W-RLHF"}
 
 
 @pytest.mark.parametrize("question_id", homework.questions())
@@ -37,6 +39,8 @@ def test_there_are_enough_questions_half_of_them_theory():
         assert 2 * sum(theory) >= len(theory)
     planted = {chapter: sum(len(q.wrongs) for q in QUESTIONS.values() if q.chapter == chapter) for chapter in CHAPTERS}
     assert planted[2] + planted[3] >= 84
+    assert planted[4] >= 140
+    assert planted[6] >= 140
     assert planted[1] + planted[5] >= 230
 
 

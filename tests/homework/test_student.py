@@ -24,7 +24,9 @@ CHAPTERS = {
     "hw01_language_models.ipynb": 1,
     "hw02_policy_gradient.ipynb": 2,
     "hw03_baselines.ipynb": 3,
+    "hw04_ppo.ipynb": 4,
     "hw05_reward_models.ipynb": 5,
+    "hw06_rlhf.ipynb": 6,
 }
 
 

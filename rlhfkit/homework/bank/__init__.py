@@ -1,5 +1,19 @@
 """The questions, one module per chapter; importing this package registers them all."""
 
-from rlhfkit.homework.bank import ch01_language_models, ch02_policy_gradient, ch03_baselines, ch05_reward_models
+from rlhfkit.homework.bank import (
+    ch01_language_models,
+    ch02_policy_gradient,
+    ch03_baselines,
+    ch04_ppo,
+    ch05_reward_models,
+    ch06_rlhf,
+)
 
-__all__ = ["ch01_language_models", "ch02_policy_gradient", "ch03_baselines", "ch05_reward_models"]
+__all__ = [
+    "ch01_language_models",
+    "ch02_policy_gradient",
+    "ch03_baselines",
+    "ch04_ppo",
+    "ch05_reward_models",
+    "ch06_rlhf",
+]

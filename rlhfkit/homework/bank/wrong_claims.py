@@ -175,6 +175,48 @@ WRONG_CLAIMS: dict[str, WrongClaim] = {
         "Zeros pull the mean to 0 and change the variance, and the whitened padding is no longer 0.",
         3,
     ),
+    "W-PPO-1": WrongClaim(
+        "Outside [1 − ε, 1 + ε] the gradient is 0, so the probability ratio cannot leave the interval.",
+        "The clip removes that sample's own push and nothing else: one step can jump over the edge, and other samples "
+        "move a clipped one through the weights that they share, from 1.226 to above 1.5 in the homework's example.",
+        4,
+    ),
+    "W-PPO-2": WrongClaim(
+        "The clipped objective is the smallest of r A, (1 − ε) A and (1 + ε) A, so the gradient is 0 at r = 0.9.",
+        "It is the smaller of two terms, r A and clip(r) A. Inside the interval they are equal and the gradient in r is A; "
+        "it is 0 only for A > 0 above 1 + ε and for A < 0 below 1 − ε.",
+        4,
+    ),
+    "W-PPO-3": WrongClaim(
+        "The importance weight is the quotient of the log-probabilities, log π / log π_old.",
+        "It is π / π_old = exp(log π − log π_old): 1.25 for π = 0.5, π_old = 0.4, where the quotient is 0.756. As log π_old < 0, "
+        "the quotient's gradient even has the wrong sign.",
+        4,
+    ),
+    "W-PPO-4": WrongClaim(
+        "The clip keeps the model from being too sure.",
+        "The clip looks at change alone: 0.95 → 0.99 has the ratio 1.04 and is left alone, 0.1 → 0.13 has 1.3 and is "
+        "clipped, though both probabilities are small.",
+        4,
+    ),
+    "W-PPO-5": WrongClaim(
+        "The entropy bonus makes the model rigid.",
+        "The entropy is maximised, and its gradient moves probability from likely tokens to unlikely ones: the policy "
+        "stays flexible.",
+        4,
+    ),
+    "W-PPO-6": WrongClaim(
+        "PPO maximises L_policy + c L_value + c′ H.",
+        "It maximises L_policy − c L_value + c′ H: a squared error is minimised. With the plus, 50 steps of size 0.1 take a "
+        "value from 0 to −116 where the target is 1.",
+        4,
+    ),
+    "W-PPO-7": WrongClaim(
+        "With importance weights, samples of any policy give the right expectation.",
+        "The sampler must be able to write every response that contributes: where π(y) f(y) ≠ 0 it needs a positive "
+        "probability. What it never writes is missing from the mean, and no weight brings it back.",
+        4,
+    ),
     "W-RM-1": WrongClaim(
         "The loss of a reward model pulls the difference of the two scores towards 0.",
         "The loss falls for every larger difference: the push fades, with slope −σ(−Δ), and never turns round.",
@@ -201,5 +243,61 @@ WRONG_CLAIMS: dict[str, WrongClaim] = {
         "The score is read at the last position of the sequence.",
         "At the last real token: in a padded batch the last position of most rows is padding.",
         5,
+    ),
+    "W-RLHF-1": WrongClaim(
+        "The term −β log(π/π_SFT) is a policy-gradient term that prefers answers to those of the SFT model.",
+        "Its mean is −β KL(π‖π_SFT), never positive and 0 only at the SFT model: a penalty for leaving it, −0.275 for "
+        "π = (0.5, 0.3, 0.2), π_SFT = (0.2, 0.3, 0.5), β = 1.",
+        6,
+    ),
+    "W-RLHF-2": WrongClaim(
+        "The pretraining term γ E[log π] is entropy regularisation.",
+        "It is the log-likelihood of pretraining text, with gradient γ (data − π) in the logits; the entropy of the "
+        "policy does not contain the data.",
+        6,
+    ),
+    "W-RLHF-3": WrongClaim(
+        "The expectation of the pretraining term is over the policy's own responses.",
+        "It is over pretraining text. Over the policy, E[log π] is minus the entropy, and going up along it collapses "
+        "the policy.",
+        6,
+    ),
+    "W-RLHF-4": WrongClaim(
+        "The reward depends on the policy's parameters through its input, so its derivative in them exists.",
+        "A given response has a reward without any parameters in it; they act through the probability of sampling that "
+        "response, and the gradient is E[r ∇ log π].",
+        6,
+    ),
+    "W-RLHF-5": WrongClaim(
+        "One multiplier is enough for the constraint that the integral over prompts and responses is 1.",
+        "It fixes the average over prompts only: with Z = 1.859 and 10.543 the two totals are 0.300 and 1.700. Each "
+        "prompt needs its own, λ(x) = β (log Z(x) − 1).",
+        6,
+    ),
+    "W-RLHF-6": WrongClaim(
+        "Setting the derivative of the Lagrangian to 0 gives π = π_ref exp(r/β − 1), without the multiplier.",
+        "π = π_ref exp(r/β − 1 − λ/β): without λ the line sums to Z/e, not to 1, and nothing is left to normalise with.",
+        6,
+    ),
+    "W-RLHF-7": WrongClaim(
+        "From the optimum follows log(π/π_ref) + β log Z = r/β.",
+        "log(π/π_ref) + log Z = r/β: the β in front of log Z appears only when the line is multiplied by β.",
+        6,
+    ),
+    "W-RLHF-8": WrongClaim(
+        "log Z = Σ π_ref exp(r/β).",
+        "That sum is Z. With Z for log Z all rewards of a prompt shift by a constant, which their differences do not show.",
+        6,
+    ),
+    "W-RLHF-9": WrongClaim(
+        "RLHF maximises E_y[r − KL(π‖π_ref)].",
+        "β is missing in front of the KL, and the KL is a mean over y already: E_y[r] − β KL(π‖π_ref).",
+        6,
+    ),
+    "W-RLHF-10": WrongClaim(
+        "Setting the derivative to 0 gives the maximum over the probabilities.",
+        "Without a multiplier the point does not sum to 1, and a derivative of 0 is only a candidate: in the logits it "
+        "is 0 at every policy that always gives one answer, too. The maximum follows from concavity.",
+        6,
     ),
 }
