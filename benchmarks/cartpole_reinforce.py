@@ -27,7 +27,7 @@ import gymnasium
 import torch
 from torch import Tensor
 
-from rlhfkit import control
+from rlhfkit import control, train_control
 from rlhfkit.advantages import gae
 from rlhfkit.logprobs import token_logprobs
 from rlhfkit.masked import aggregate, masked_mean
@@ -50,7 +50,7 @@ def run(seed: int, *, use_value: bool, stop_at: float | None = SOLVED, **setting
     policy, value = control.PolicyNetwork(generator=generator), control.ValueNetwork(generator=generator)
     log: list[dict[str, float]] = []
     wall, cpu = time.perf_counter(), time.process_time()
-    control.train_cartpole_reinforce(
+    train_control.train_cartpole_reinforce(
         policy,
         value if use_value else None,
         control.make_cartpole(NUM_ENVS),
@@ -152,7 +152,7 @@ def compare_bugs(seeds: int, out: dict[str, Any]) -> None:
     for name, wrong in BUGS.items():
         runs = []
         for seed in range(seeds):
-            with mock.patch.object(control, "rollout_advantages", wrong):
+            with mock.patch.object(train_control, "rollout_advantages", wrong):
                 record, (policy, value) = run(seed, use_value=True, stop_at=None, steps=50)
             generator = torch.Generator().manual_seed(1000 + seed)
             rollout = control.Player(control.make_cartpole(100), generator=generator).play(policy, 500)

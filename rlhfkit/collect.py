@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,7 @@ from rlhfkit.reviews import decode_responses, review_grammar
 from rlhfkit.sampling import sample
 from rlhfkit.tasks import Comparison, Rollout
 from rlhfkit.training import device_of
+from rlhfkit.validation import require_in
 
 MAX_LENGTH = 64  # tokens of a response; the longest review of the grammar has 63, its end included
 
@@ -48,6 +52,54 @@ def sample_reviews(
     eos_id, device = review_grammar().eos_id, device_of(policy)
     prompts, generator = prompts.to(device), _generator_on(device, generator)
     return sample(policy, prompts, max_length, generator=generator, eos_id=eos_id, temperature=temperature)
+
+
+@dataclass(frozen=True)
+class ReviewTask:
+    """Writing reviews that a judge scores highly, near a reference.
+
+    Attributes:
+        ref: the reference, as a rule the SFT model; never trained, so give the policy a copy.
+        judge: scores a rollout, (B,), reward units: a reward model, or the gold score itself.
+        beta: weight of the KL divergence from the reference, reward units per nat.
+        num_prompts: P, fresh prompts of the grammar for every step, at least 1.
+        max_length: T, the longest response, tokens.
+
+    Raises:
+        ValueError: if ``beta`` is negative, or ``num_prompts`` or ``max_length`` is less than 1.
+    """
+
+    ref: Policy
+    judge: Callable[[Rollout], Tensor]
+    beta: float
+    num_prompts: int = 64
+    max_length: int = MAX_LENGTH
+
+    def __post_init__(self) -> None:
+        require_in("beta", self.beta, 0.0)
+        require_in("num_prompts", self.num_prompts, 1)
+        require_in("max_length", self.max_length, 1)
+
+    @property
+    def eos_id(self) -> int:
+        """The end token of the reviews."""
+        return review_grammar().eos_id
+
+    def draw_prompts(self, generator: torch.Generator) -> Tensor:
+        """P prompts, (P, L0), padded on the left, on the device of the reference."""
+        device = device_of(self.ref)
+        if generator.device.type == "cpu":
+            return draw_prompts(self.num_prompts, generator).to(device)
+        seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+        return draw_prompts(self.num_prompts, torch.Generator().manual_seed(seed)).to(device)
+
+    def score(self, rollout: Rollout) -> Tensor:
+        """What the judge says, (B,), reward units, on the device of the rollout."""
+        return self.judge(rollout).to(rollout.tokens.device)
+
+    def reference(self) -> Policy:
+        """The reference itself."""
+        return self.ref
 
 
 def draw_comparisons(

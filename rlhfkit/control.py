@@ -1,4 +1,4 @@
-"""Policy gradient on CartPole: the loop of the language-model pages in a world of many steps and many episodes.
+"""CartPole: environments, networks, rollouts and their credit, in a world of many steps and many episodes.
 
 A batch is a rollout: B environments side by side, T steps each. Episodes end inside it in two ways. *Terminated*: the
 pole fell, nothing comes after. *Truncated*: the clock ran out at 500 steps, and the state is still worth what the
@@ -8,7 +8,6 @@ value function says. Needs gymnasium (``pip install -e ".[control]"``), imported
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from rlhfkit.advantages import gae
-from rlhfkit.logprobs import entropy, token_logprobs
-from rlhfkit.masked import aggregate, masked_mean, masked_var, whiten
-from rlhfkit.policy_losses import reinforce_loss
-from rlhfkit.train_policy import require_finite
 from rlhfkit.validation import require_mask, require_ndim
 
 
 def make_cartpole(num_envs: int) -> Any:
-    """CartPole-v1 in B = ``num_envs`` >= 1 copies: +1 for every step, episodes truncated after 500.
+    """CartPole-v1 in several copies: +1 for every step, episodes truncated after 500.
+
+    Args:
+        num_envs: B, at least 1.
 
     Returns:
         A ``gymnasium.vector.VectorEnv`` that steps all copies in one go.
@@ -56,9 +54,9 @@ def tanh_layers(outputs: int, last_gain: float, generator: torch.Generator) -> n
 class PolicyNetwork(nn.Module):
     """Logits of the two actions. The last layer starts small (0.01), so the first policy is nearly uniform."""
 
-    def __init__(self, *, generator: torch.Generator) -> None:
+    def __init__(self, *, generator: torch.Generator, last_gain: float = 0.01) -> None:
         super().__init__()
-        self.layers = tanh_layers(2, 0.01, generator)
+        self.layers = tanh_layers(2, last_gain, generator)
 
     def forward(self, observations: Tensor) -> Tensor:
         """Logits for every observation: (..., 4) -> (..., 2)."""
@@ -75,6 +73,22 @@ class ValueNetwork(nn.Module):
     def forward(self, observations: Tensor) -> Tensor:
         """Discounted reward still to come from every observation: (..., 4) -> (...)."""
         return self.layers(observations).squeeze(-1)
+
+
+def cartpole_networks(*, generator: torch.Generator, policy_gain: float = 0.01) -> tuple[PolicyNetwork, ValueNetwork]:
+    """A fresh policy and a fresh value function for CartPole, separate, 64-64 tanh each.
+
+    They are in torch's default dtype; the environments' observations are float32.
+
+    Args:
+        generator: of the initial weights; the policy's are drawn first.
+        policy_gain: gain of the policy's last layer; 0.01 starts nearly uniform.
+
+    Returns:
+        (policy, value): observations (..., 4) -> logits (..., 2), and -> values (...), reward units.
+    """
+    policy = PolicyNetwork(generator=generator, last_gain=policy_gain)
+    return policy, ValueNetwork(generator=generator)
 
 
 @dataclass(frozen=True)
@@ -126,7 +140,14 @@ class Player:
 
     @torch.no_grad()
     def play(self, policy: nn.Module, length: int) -> ControlRollout:
-        """Continue every environment by T = ``length`` steps, a_t ~ pi(. | s_t), onto the generator's device.
+        """Continue every environment by T steps, a_t ~ pi(. | s_t).
+
+        Args:
+            policy: observations (B, inputs) -> logits (B, actions).
+            length: T, at least 1.
+
+        Returns:
+            The steps, on the generator's device.
 
         Raises:
             ValueError: if ``length`` is less than 1.
@@ -204,96 +225,13 @@ def rollout_advantages(rollout: ControlRollout, values: Tensor, *, gamma: float,
 
 
 def mean_return(returns: list[float], window: int = 100) -> float:
-    """Mean of the last ``window`` finished episodes, reward units; NaN before there are that many."""
-    return sum(returns[-window:]) / window if len(returns) >= window else math.nan
-
-
-def train_cartpole_reinforce(
-    policy: nn.Module,
-    value: nn.Module | None,
-    envs: Any,
-    *,
-    steps: int,
-    rollout_length: int = 128,
-    gamma: float = 0.98,
-    lam: float = 1.0,
-    lr: float = 1e-2,
-    value_lr: float = 1e-2,
-    value_steps: int = 10,
-    whiten_advantages: bool = False,
-    stop_at: float | None = None,
-    generator: torch.Generator,
-    on_step: Callable[[int, dict[str, float]], None] | None = None,
-) -> list[float]:
-    """REINFORCE on continuing environments: one policy-gradient step per fresh rollout. Updates both nets in place.
-
-    Departs from the textbook in three ways, all usual: rollouts have a fixed length, so a return may end in an
-    estimate (0 without a value function); the weight gamma^t of step t is left out; the step is Adam's.
+    """Mean return of the last finished episodes.
 
     Args:
-        policy: observations (..., inputs) -> logits (..., actions).
-        value: observations (..., inputs) -> values (...): baseline and estimate of what follows a cut. None: neither.
-        envs: B environments, as :class:`Player` takes them.
-        steps: number of rollouts of T = ``rollout_length`` steps, each with one policy update.
-        gamma, lam: discount and GAE's decay in [0, 1]; lam = 1 keeps the Monte Carlo returns.
-        lr, value_lr: learning rates of the two Adams.
-        value_steps: regression steps of the value function on each rollout.
-        whiten_advantages: subtract the batch's mean and divide by its standard deviation; with ``value=None`` this is
-            the batch-mean baseline.
-        stop_at: stop once the last 100 finished episodes average this; CartPole-v1 counts as solved at 475.
-        generator: source of all randomness, on the device of the networks.
-        on_step: called with the step and its metrics: returns in reward units, entropy in nats.
+        returns: of the finished episodes, in order of finishing, reward units.
+        window: how many of them to average.
 
     Returns:
-        Return of every finished episode, in order of finishing.
-
-    Raises:
-        FloatingPointError: at the first reward, loss or gradient that is not finite; names step and quantity.
-        ValueError: for a wrong setting, as the functions used here raise it.
-
-    Source: Williams 1992; with GAE, Schulman et al. 2016, arXiv:1506.02438, without its trust region.
+        Reward units; NaN before there are ``window`` episodes.
     """
-    optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
-    value_optimizer = None if value is None else torch.optim.Adam(value.parameters(), lr=value_lr)
-    player = Player(envs, generator=generator)
-    for step in range(steps):
-        rollout = player.play(policy, rollout_length)  # (B, T), no gradients
-        require_finite("reward", rollout.rewards, step)
-        observations, mask = rollout.observations, rollout.mask
-        with torch.no_grad():
-            values = torch.zeros_like(observations[..., 0]) if value is None else value(observations)  # (B, T + 1)
-        advantages, returns = rollout_advantages(rollout, values, gamma=gamma, lam=lam)
-        weights = whiten(advantages, mask) if whiten_advantages else advantages
-        logits = policy(observations[:, :-1])
-        loss = aggregate(reinforce_loss(token_logprobs(logits, rollout.actions), weights), mask, "token-mean")
-        descend("policy", policy, loss, optimizer, step)
-        metrics = {"loss/policy": loss, "policy/entropy": masked_mean(entropy(logits), mask)}
-        if value is not None and value_optimizer is not None:
-            for _ in range(value_steps):
-                errors = value(observations[:, :-1]) - returns
-                value_loss = aggregate(errors.square(), mask, "token-mean")
-                descend("value", value, value_loss, value_optimizer, step)
-            unexplained = masked_var(returns - values[:, :-1], mask) / masked_var(returns, mask)
-            metrics |= {"loss/value": value_loss, "train/explained_variance": 1 - unexplained}
-        score = mean_return(player.returns)
-        if on_step is not None:
-            books = {"rollout/ep_rew_mean": score, "time/total_timesteps": float(player.timesteps)}
-            on_step(step, books | {name: x.item() for name, x in metrics.items()})
-        if stop_at is not None and score >= stop_at:
-            break
-    return player.returns
-
-
-def descend(name: str, network: nn.Module, loss: Tensor, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """One step down a scalar loss, unless the loss or a gradient is not finite.
-
-    Raises:
-        FloatingPointError: naming the step, and the loss or gradient of ``name``.
-    """
-    require_finite(f"{name} loss", loss, step)
-    optimizer.zero_grad()
-    loss.backward()
-    for parameter in network.parameters():
-        if parameter.grad is not None:
-            require_finite(f"{name} gradient", parameter.grad, step)
-    optimizer.step()
+    return sum(returns[-window:]) / window if len(returns) >= window else math.nan

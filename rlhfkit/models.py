@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlhfkit.gpt import GPT, GPTConfig, KVCache, ScalarModel
 
-__all__ = ["GPT", "GPTConfig", "KVCache", "Policy", "ScalarModel", "TabularPolicy"]
+__all__ = ["GPT", "GPTConfig", "KVCache", "Policy", "ScalarModel", "TabularPolicy", "TabularValue"]
 
 
 class Policy(Protocol):
@@ -101,3 +101,29 @@ class TabularPolicy(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """The same as :meth:`logits`, (B, L) -> (B, L, V)."""
         return self.logits(tokens)
+
+
+class TabularValue(nn.Module):
+    """One value for every prompt and every prefix of a response: the value function of a tabular policy.
+
+    Args:
+        policy: whose prompts and prefixes they are; its table is not kept. The values start at 0, in its dtype.
+    """
+
+    def __init__(self, policy: TabularPolicy) -> None:
+        super().__init__()
+        self.prefixes = policy.prefixes
+        self.table = nn.Parameter(torch.zeros_like(policy.table[..., 0]))
+
+    def values(self, tokens: Tensor) -> Tensor:
+        """Value after every position.
+
+        Args:
+            tokens: (B, L), integers, as :meth:`TabularPolicy.logits` takes them; not checked again here.
+
+        Returns:
+            (B, L), reward units; 0 after a response of T tokens, where nothing follows.
+        """
+        rows = self.prefixes(tokens)
+        values = self.table[tokens[:, :1], rows.clamp(min=0)]
+        return torch.where(rows >= 0, values, torch.zeros_like(values))

@@ -166,6 +166,29 @@ def response_logprobs(policy: Policy, prompts: Tensor, tokens: Tensor, temperatu
     return next_token_logprobs(logits if temperature == 1 else logits / temperature, sequences[:, last:])
 
 
+def logits_and_values(policy: Any, value: Any, prompts: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What policy and value function say where each token of given responses was chosen, before it was.
+
+    Args:
+        policy: has ``logits(tokens)``.
+        value: has ``values(tokens)``; when it is a ``ScalarModel`` whose trunk is the policy, the trunk runs once.
+        prompts: (B, L0), integers, padded on the left.
+        tokens: responses, (B, T), integers, padded on the right.
+
+    Returns:
+        logits (B, T, V) and values (B, T), reward units, with gradient, in float32 or better; what stands at padding
+        means nothing.
+    """
+    sequences, last = torch.cat([prompts, tokens], dim=1), prompts.shape[1] - 1
+    if hasattr(value, "trunk") and value.trunk is policy:
+        hidden = policy.hidden(sequences)[:, last:-1]
+        logits, values = policy.unembed(hidden), value.from_hidden(hidden)
+    else:
+        logits, values = policy.logits(sequences)[:, last:-1], value.values(sequences)[:, last:-1]
+    half = logits.dtype in (torch.bfloat16, torch.float16)
+    return (logits.float(), values.float()) if half else (logits, values)
+
+
 def all_logprobs(policy: Policy, task: ExactTask) -> Tensor:
     """Log-probability of every response to every prompt of an exact task: what the oracle works on.
 

@@ -6,13 +6,13 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from rlhfkit.exact import enumerate_responses
-from rlhfkit.models import TabularPolicy
+from rlhfkit.models import Policy, TabularPolicy
 
 Side = Literal["first", "second"]
 
@@ -36,6 +36,44 @@ class Rollout:
     response_mask: Tensor
     logprobs: Tensor
     sampling_logprobs: Tensor
+
+    def trimmed(self) -> Rollout:
+        """The same without the last columns that are padding in every row; at least one column stays."""
+        columns = self.response_mask.any(0).nonzero()[:, 0].tolist()
+        width = max(columns, default=0) + 1
+        cut = (self.tokens, self.response_mask, self.logprobs, self.sampling_logprobs)
+        return Rollout(self.prompts, *(x[:, :width] for x in cut))
+
+
+class Task(Protocol):
+    """What a policy that writes responses is trained for: prompts, their judge, and the policy to stay near."""
+
+    @property
+    def beta(self) -> float:
+        """Weight of the KL divergence from the reference, reward units per nat."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """T, the longest response, tokens."""
+        ...
+
+    @property
+    def eos_id(self) -> int | None:
+        """Token that ends a response, or None."""
+        ...
+
+    def draw_prompts(self, generator: torch.Generator) -> Tensor:
+        """Prompts of one step, (P, L0), padded on the left, on the CPU or where the task lives."""
+        ...
+
+    def score(self, rollout: Rollout) -> Tensor:
+        """What every response is worth, (B,), reward units."""
+        ...
+
+    def reference(self) -> Policy:
+        """The policy to stay near, not trained."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -131,6 +169,10 @@ class ExactTask:
     def prompts(self) -> Tensor:
         """All prompts, (P, 1), prompt p being the single token p."""
         return torch.arange(len(self.scores), device=self.scores.device).unsqueeze(1)
+
+    def draw_prompts(self, generator: torch.Generator) -> Tensor:
+        """All prompts, (P, 1): there are so few that no step draws some of them. The generator is not used."""
+        return self.prompts
 
     def reference(self) -> TabularPolicy:
         """A fresh reference policy, which is also where training starts; change it freely."""

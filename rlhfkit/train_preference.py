@@ -15,8 +15,7 @@ from rlhfkit.masked import aggregate, masked_mean
 from rlhfkit.models import GPT, ScalarModel
 from rlhfkit.preference_losses import bradley_terry_loss
 from rlhfkit.sampling import response_logprobs
-from rlhfkit.train_policy import require_finite
-from rlhfkit.training import Run, batch_of_step, cosine_lr, device_of, join_right_padded, pad_to_one_width
+from rlhfkit.training import Run, batch_of_step, cosine_lr, device_of, join_right_padded, pad_to_one_width, update
 
 BETAS = (0.9, 0.95)
 OnStep = Callable[[int, dict[str, float]], None]
@@ -54,37 +53,6 @@ def muon_and_adamw(model: GPT, weight_decay: float) -> list[torch.optim.Optimize
     rest = [(name, p) for name, p in named if not (name.startswith("blocks") and p.ndim == 2)]
     muon = torch.optim.Muon([{"params": hidden, "lr_scale": 3.0}], lr=1e-3, weight_decay=0.0)
     return [muon, torch.optim.AdamW(decayed(rest, weight_decay), betas=BETAS, fused=True)]
-
-
-def update(
-    model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, lr: float, step: int, max_norm: float
-) -> Tensor:
-    """One step down the gradient of a loss, with the gradient clipped.
-
-    Args:
-        model: what is trained.
-        optimizers: of its parameters.
-        loss: a scalar.
-        lr: learning rate of this step.
-        step: its number, for the message.
-        max_norm: a longer gradient is shortened to this norm.
-
-    Returns:
-        The norm before clipping, a scalar.
-
-    Raises:
-        FloatingPointError: if the loss or the norm of the gradient is not finite; the model is then unchanged.
-    """
-    require_finite("loss", loss.detach(), step)
-    model.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    require_finite("gradient norm", norm, step)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        optimizer.step()
-    return norm
 
 
 def train_sft(

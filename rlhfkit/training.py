@@ -95,6 +95,48 @@ def cosine_lr(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def require_finite(quantity: str, x: Tensor, step: int) -> None:
+    """Stop a loop at the first number that is not finite, in a tensor of any shape.
+
+    Raises:
+        FloatingPointError: naming the step and the quantity.
+    """
+    if not torch.isfinite(x).all():
+        bad = x[~torch.isfinite(x)].flatten()[0].item()
+        raise FloatingPointError(f"step {step}: {quantity} contains {bad}; training stopped before the update")
+
+
+def update(
+    model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, lr: float, step: int, max_norm: float
+) -> Tensor:
+    """One step down the gradient of a loss, with the gradient clipped.
+
+    Args:
+        model: what is trained.
+        optimizers: of its parameters.
+        loss: a scalar.
+        lr: learning rate of this step.
+        step: its number, for the message.
+        max_norm: a longer gradient is shortened to this norm.
+
+    Returns:
+        The norm before clipping, a scalar.
+
+    Raises:
+        FloatingPointError: if the loss or the norm of the gradient is not finite; the model is then unchanged.
+    """
+    require_finite("loss", loss.detach(), step)
+    model.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    require_finite("gradient norm", norm, step)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        optimizer.step()
+    return norm
+
+
 class Run:
     """A training run that can be killed at any moment and resumed with the same final weights.
 
@@ -107,6 +149,7 @@ class Run:
         recipe: what JSON can hold; a file of another recipe is refused.
         checkpoint: path of the file; None: nothing is written.
         save_every: steps between two writes.
+        generator: of the run's samples, whose state goes into the file too; None: the run draws none.
 
     Raises:
         ValueError: if the file is damaged, or was made with another recipe or another model.
@@ -119,11 +162,12 @@ class Run:
         recipe: dict[str, Any],
         checkpoint: str | os.PathLike[str] | None,
         save_every: int,
+        generator: torch.Generator | None = None,
     ) -> None:
         if save_every < 1:
             raise ValueError(f"save_every: got {save_every}, expected at least 1")
         self.model, self.optimizers, self.recipe = model, optimizers, json.loads(json.dumps(recipe))
-        self.checkpoint, self.save_every = checkpoint, save_every
+        self.checkpoint, self.save_every, self.generator = checkpoint, save_every, generator
         self.history: list[dict[str, float]] = []
         if checkpoint is not None and Path(checkpoint).exists():
             self._resume(Path(checkpoint))
@@ -138,12 +182,13 @@ class Run:
                 if len(self.history) != step + 1:
                     raise RuntimeError(f"step {step}: expected one call of log() per step")
                 bar.update()
-                bar.set_postfix_str(f"loss {self.history[-1]['loss']:.3f}", refresh=False)
+                name, x = next(iter(self.history[-1].items()))
+                bar.set_postfix_str(f"{name} {x:.3f}", refresh=False)
                 if self.checkpoint is not None and ((step + 1) % self.save_every == 0 or step + 1 == total):
                     self.save()
 
     def log(self, metrics: dict[str, Tensor | float]) -> None:
-        """Metrics of the step that was just taken; one of them is "loss"."""
+        """Metrics of the step that was just taken; the first one stands beside the progress bar."""
         self.history.append({n: x.item() if isinstance(x, Tensor) else x for n, x in metrics.items()})
 
     def save(self) -> None:
@@ -156,6 +201,8 @@ class Run:
         tensors["random/cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["random/cuda"] = torch.cuda.get_rng_state()
+        if self.generator is not None:
+            tensors["random/generator"] = self.generator.get_state()
         description = {"kind": "Run", "recipe": self.recipe, "history": self.history}
         save_checkpoint(self.checkpoint, tensors, description)
 
@@ -192,4 +239,6 @@ class Run:
         torch.set_rng_state(tensors["random/cpu"])
         if torch.cuda.is_available() and "random/cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random/cuda"])
+        if self.generator is not None:
+            self.generator.set_state(tensors["random/generator"])
         self.history = description["history"]

@@ -1,80 +1,26 @@
 """The CartPole loop: scripted environments whose episodes are known, gymnasium replayed one by one, slow sums."""
 
-import copy
 import math
 import sys
-from types import SimpleNamespace
 from unittest import mock
 
 import gymnasium
-import numpy as np
-import pytest
 import torch
 
-from planting import close, edited, f64, normal, raises
+from planting import close, f64, normal, raises
 from rlhfkit.control import (
     ControlRollout,
     Player,
     PolicyNetwork,
     ValueNetwork,
-    descend,
+    cartpole_networks,
     evaluate_policy,
     make_cartpole,
     mean_return,
     rollout_advantages,
     tanh_layers,
-    train_cartpole_reinforce,
 )
-
-FALL, CLOCK = "terminated", "truncated"
-SCRIPTS = [[(2, FALL), (3, CLOCK), (1, FALL)], [(4, CLOCK), (1, CLOCK)], [(5, FALL)], [(100, FALL)]]
-
-
-class ScriptedEnvs:
-    """Environments whose episodes have given lengths and endings, whatever the policy does.
-
-    Step k of episode e of environment b earns 1 + b + k, and is seen as [b, e, k, 1]. Reset rows pay ``reset_pay``.
-    """
-
-    def __init__(self, scripts=SCRIPTS, reset_pay=1000.0, poison=None):
-        self.metadata = {"autoreset_mode": SimpleNamespace(name="NEXT_STEP")}
-        self.scripts, self.num_envs, self.reset_pay, self.poison = scripts, len(scripts), reset_pay, poison
-
-    def reset(self, seed=None):
-        self.state = [[0, 0, False] for _ in self.scripts]  # episode, step, just ended
-        self.clock = 0
-        return self.see(), {}
-
-    def see(self):
-        rows = [[b, episode % 3, k / 10, 1] for b, (episode, k, _) in enumerate(self.state)]
-        return np.array(rows, dtype=np.float32)
-
-    def step(self, actions):
-        rewards, fell, late = np.zeros(self.num_envs), np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
-        self.clock += 1
-        for b, script in enumerate(self.scripts):
-            episode, k, ended = self.state[b]
-            if ended:
-                rewards[b] = self.reset_pay
-                self.state[b] = [episode + 1, 0, False]
-                continue
-            length, how = script[episode % len(script)]
-            rewards[b] = 1 + b + k
-            ended = k + 1 == length
-            fell[b], late[b] = ended and how == FALL, ended and how == CLOCK
-            self.state[b] = [episode, k + 1, ended]
-        if self.poison is not None and self.clock >= self.poison:
-            rewards[0] = math.nan
-        return self.see(), rewards, fell, late, {}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def networks(seed=0):
-    generator = seeded(seed)
-    return PolicyNetwork(generator=generator), ValueNetwork(generator=generator)
+from scripted_envs import CLOCK, FALL, SCRIPTS, ScriptedEnvs, networks, planted, seeded, slow_advantages
 
 
 def scripted_rollout(length=9, scripts=SCRIPTS):
@@ -238,28 +184,6 @@ def test_each_ending_by_hand(rollout_advantages=rollout_advantages):
         close(returns, torch.where(rollout.mask, f64([expected]) + VALUES[:, :-1], 0.0), msg=name)
 
 
-def slow_advantages(rollout, values, gamma, lam):
-    """Each episode on its own, in Python: sum over what follows of (gamma lam)^k times the one-step error."""
-    result = torch.zeros_like(values[:, :-1])
-    for b in range(len(values)):
-        start = 0
-        while start < rollout.mask.shape[1]:
-            if not rollout.mask[b, start]:
-                start += 1
-                continue
-            stop = start  # the episode's last step in this rollout
-            while not (rollout.terminated[b, stop] or rollout.truncated[b, stop]) and stop + 1 < rollout.mask.shape[1]:
-                stop += 1
-            errors = []
-            for t in range(start, stop + 1):
-                following = 0.0 if rollout.terminated[b, t] else values[b, t + 1].item()
-                errors.append(rollout.rewards[b, t].item() + gamma * following - values[b, t].item())
-            for i in range(len(errors)):
-                result[b, start + i] = sum((gamma * lam) ** k * errors[i + k] for k in range(len(errors) - i))
-            start = stop + 1
-    return result
-
-
 def test_advantages_are_each_episodes_own_sums(rollout_advantages=rollout_advantages):
     for length in (1, 2, 3, 9, 14):
         rollout = scripted_rollout(length)
@@ -272,116 +196,6 @@ def test_advantages_are_each_episodes_own_sums(rollout_advantages=rollout_advant
             close(returns, torch.where(rollout.mask, expected + values[:, :-1], 0.0))
     raises(ValueError, lambda: rollout_advantages(rollout, values[:, :-1], gamma=0.9, lam=0.9), "rollout.mask")
     raises(ValueError, lambda: rollout_advantages(rollout, values[:, 0], gamma=0.9, lam=0.9), "values")
-
-
-# --- the loop ----------------------------------------------------------------------------------------------------
-
-SETTINGS = {"rollout_length": 9, "gamma": 0.9, "lam": 0.8, "lr": 1.0, "value_lr": 1.0, "value_steps": 1}
-
-
-def one_step(train, value, **changes):
-    """Minus the change of every parameter after one update by plain gradient descent with step size 1."""
-    policy = networks()[0].double()
-    value = None if value is None else value.double()
-    nets = [policy] if value is None else [policy, value]
-    before = [p.detach().clone() for net in nets for p in net.parameters()]
-    with mock.patch.object(torch.optim, "Adam", torch.optim.SGD):
-        train(policy, value, Doubles(), steps=1, generator=seeded(), **{**SETTINGS, **changes})
-    return [b - p.detach() for b, p in zip(before, (p for net in nets for p in net.parameters()), strict=True)]
-
-
-class Doubles(ScriptedEnvs):
-    def see(self):
-        return super().see().astype(np.float64)
-
-
-def slow_gradients(value, weigh=lambda advantages: advantages):
-    """The same update with one term per step that counts, in order."""
-    policy = networks()[0].double()
-    rollout = Player(Doubles(), generator=seeded()).play(policy, 9)
-    with torch.no_grad():
-        values = torch.zeros(4, 10).double() if value is None else value(rollout.observations)
-    advantages = slow_advantages(rollout, values, 0.9, 0.8)
-    weights = weigh(advantages[rollout.mask])
-    loss, value_loss, places = 0.0, 0.0, rollout.mask.nonzero().tolist()
-    for (b, t), weight in zip(places, weights, strict=True):
-        seen = rollout.observations[b, t]
-        loss = loss - policy(seen).log_softmax(-1)[rollout.actions[b, t]] * weight / len(places)
-        if value is not None:
-            target = advantages[b, t] + values[b, t]
-            value_loss = value_loss + (value(seen) - target) ** 2 / len(places)
-    found = list(torch.autograd.grad(loss, list(policy.parameters())))
-    return found if value is None else found + list(torch.autograd.grad(value_loss, list(value.parameters())))
-
-
-def test_one_update_is_the_slow_gradient(train_cartpole_reinforce=train_cartpole_reinforce):
-    """With the learned baseline, without one, and with the batch's mean for a baseline."""
-    for value in (networks()[1].double(), None):
-        for got, expected in zip(
-            one_step(train_cartpole_reinforce, copy.deepcopy(value)), slow_gradients(value), strict=True
-        ):
-            close(got, expected)
-    whitened = slow_gradients(None, lambda a: (a - a.mean()) / (a.var() + 1e-8).sqrt())
-    for got, expected in zip(one_step(train_cartpole_reinforce, None, whiten_advantages=True), whitened, strict=True):
-        close(got, expected)
-
-
-def test_it_stops_at_the_first_number_that_is_not_finite(train_cartpole_reinforce=train_cartpole_reinforce):
-    """Before the update: the networks keep the parameters they had."""
-    policy, value = networks()
-
-    def train(envs, value, lr=0.0):
-        train_cartpole_reinforce(policy, value, envs, steps=3, rollout_length=10, generator=seeded(), lr=lr)
-
-    raises(FloatingPointError, lambda: train(ScriptedEnvs(poison=15), value), "step 1", "reward", "nan")
-    before = [p.clone() for p in policy.parameters()]
-    for parameter in value.parameters():
-        parameter.data.fill_(math.inf)
-    raises(FloatingPointError, lambda: train(ScriptedEnvs(), value), "step 0", "policy loss")
-    close(list(policy.parameters()), before)
-    raises(FloatingPointError, lambda: train(ScriptedEnvs(), None, lr=math.inf), "step 1", "policy loss")
-
-
-def test_descend_stops_before_it_steps(descend=descend):
-    x = torch.nn.Linear(1, 1, bias=False)
-    optimizer = torch.optim.SGD(x.parameters(), lr=0.5)
-    x.weight.data.fill_(4.0)
-    descend("toy", x, x.weight.square().sum(), optimizer, 0)
-    descend("toy", x, 3 * x.weight.sum(), optimizer, 0)  # the first step's gradient is gone
-    close(x.weight.data, torch.tensor([[4.0 - 0.5 * 8 - 0.5 * 3]]))
-    raises(FloatingPointError, lambda: descend("toy", x, x.weight.sum() * math.nan, optimizer, 7), "step 7", "toy loss")
-    x.weight.data.fill_(0.0)
-    raises(FloatingPointError, lambda: descend("toy", x, x.weight.sqrt().sum(), optimizer, 8), "step 8", "toy gradient")
-    close(x.weight.data, torch.zeros(1, 1))
-
-
-def test_it_reports_and_stops_when_solved(train_cartpole_reinforce=train_cartpole_reinforce):
-    """Episodes of one step and a reset row: 5 steps hold three or two of them, so 100 are there after 4 rollouts."""
-    log = []
-
-    def train(stop_at):
-        policy, value = networks()
-        envs = ScriptedEnvs([[(1, FALL)]] * 10)
-        settings = {"steps": 8, "rollout_length": 5, "generator": seeded(), "stop_at": stop_at}
-        return train_cartpole_reinforce(policy, value, envs, on_step=lambda *x: log.append(x), **settings)
-
-    assert train(5.5) == [1.0 + b for _ in range(10) for b in range(10)]
-    assert [step for step, _ in log] == [0, 1, 2, 3]
-    means = [metrics["rollout/ep_rew_mean"] for _, metrics in log]
-    assert math.isnan(means[0]) and means[3] == 5.5
-    assert [metrics["time/total_timesteps"] for _, metrics in log] == [30.0, 50.0, 80.0, 100.0]
-    assert log[0][1]["policy/entropy"] == pytest.approx(math.log(2), abs=1e-3)
-    assert {"loss/policy", "loss/value", "train/explained_variance"} <= set(log[0][1])
-    log.clear()
-    train(6.0)
-    assert len(log) == 8
-
-
-def test_it_improves_on_cartpole(train_cartpole_reinforce=train_cartpole_reinforce):
-    """12 updates on 16 x 128 steps: the last 20 episodes last more than twice as long as the first 20."""
-    policy, value = networks(1)
-    returns = train_cartpole_reinforce(policy, value, make_cartpole(16), steps=12, generator=seeded(1))
-    assert sum(returns[-20:]) > 2 * sum(returns[:20])
 
 
 # --- networks ----------------------------------------------------------------------------------------------------
@@ -398,17 +212,25 @@ def test_networks_start_as_documented(tanh_layers=tanh_layers, PolicyNetwork=Pol
     observations = normal(3, 5, 4, dtype=torch.float32)
     logits = PolicyNetwork(generator=seeded())(observations)
     assert logits.shape == (3, 5, 2) and logits.abs().max() < 0.2
+    head = PolicyNetwork(generator=seeded(), last_gain=0.5).layers[4].weight
+    close(head @ head.T, 0.25 * torch.eye(2), atol=1e-5, rtol=0)
     values = ValueNetwork(generator=seeded())(observations)
     assert values.shape == (3, 5) and values.abs().max() > 0.2
 
 
-@pytest.mark.gpu
-def test_the_loop_runs_on_a_gpu():
-    generator = seeded()
-    policy, value = PolicyNetwork(generator=generator).cuda(), ValueNetwork(generator=generator).cuda()
-    source = torch.Generator("cuda").manual_seed(0)
-    returns = train_cartpole_reinforce(policy, value, make_cartpole(8), steps=3, generator=source)
-    assert len(returns) > 10 and all(p.is_cuda for p in policy.parameters())
+def test_a_pair_of_networks_shares_nothing_and_follows_the_seed(cartpole_networks=cartpole_networks):
+    """The policy first, the value function after it, all from one generator; the gain is the policy's alone."""
+    policy, value = cartpole_networks(generator=seeded())
+    source = seeded()
+    first, second = PolicyNetwork(generator=source), ValueNetwork(generator=source)
+    for net, expected in ((policy, first), (value, second)):
+        for got, parameter in zip(net.parameters(), expected.parameters(), strict=True):
+            close(got, parameter)
+    assert not {id(p) for p in policy.parameters()} & {id(p) for p in value.parameters()}
+    assert not torch.equal(policy.layers[2].weight, value.layers[2].weight)
+    wide, same = cartpole_networks(generator=seeded(), policy_gain=1.0)
+    close(wide.layers[4].weight, 100 * policy.layers[4].weight)
+    close(same.layers[4].weight, value.layers[4].weight)
 
 
 # --- bugs that the tests above must catch ------------------------------------------------------------------------
@@ -416,11 +238,6 @@ def test_the_loop_runs_on_a_gpu():
 DONES = "dones = rollout.terminated | rollout.truncated"
 LATE = "dones = torch.cat([torch.zeros_like(rollout.mask[:, :1]), (rollout.terminated | rollout.truncated)[:, :-1]], 1)"
 EARLY = "dones = torch.cat([(rollout.terminated | rollout.truncated)[:, 1:], torch.zeros_like(rollout.mask[:, :1])], 1)"
-
-
-def planted(function, **bugs):
-    """Name of each bug, and the function with one piece of its text replaced."""
-    return {bug.replace("_", " "): edited(function, change) for bug, change in bugs.items()}
 
 
 PLANTED = {
@@ -471,25 +288,6 @@ PLANTED = {
         no_word_on_what_to_install=("except ImportError as error", "except ZeroDivisionError as error"),
         no_environment=("num_envs < 1", "num_envs < 0"),
     ),
-    "train_cartpole_reinforce": planted(
-        train_cartpole_reinforce,
-        wrong_sign=('descend("policy", policy, loss', 'descend("policy", policy, -loss'),
-        reset_rows_in_the_mean=('weights), mask, "token-mean")', 'weights), mask | True, "token-mean")'),
-        a_mean_per_environment=('weights), mask, "token-mean")', 'weights), mask, "sequence-mean")'),
-        returns_for_advantages=("else advantages\n", "else returns\n"),
-        advantages_as_value_targets=("[:, :-1]) - returns", "[:, :-1]) - advantages"),
-        observations_one_step_late=("logits = policy(observations[:, :-1])", "logits = policy(observations[:, 1:])"),
-        whitening_forgotten=("if whiten_advantages else", "if False else"),
-        no_check_of_the_rewards=('require_finite("reward", rollout.rewards, step)', "pass"),
-        never_stops=("score >= stop_at", "False"),
-    ),
-    "descend": planted(
-        descend,
-        gradients_pile_up=("optimizer.zero_grad()", "pass"),
-        the_loss_is_not_checked=('require_finite(f"{name} loss", loss, step)', "pass"),
-        the_gradient_is_not_checked=("if parameter.grad is not None", "if False"),
-        up_instead_of_down=("loss.backward()", "(-loss).backward()"),
-    ),
     "tanh_layers": planted(
         tanh_layers,
         not_orthogonal=("nn.init.orthogonal_(layer.weight, gain,", "nn.init.normal_(layer.weight, 0, gain,"),
@@ -500,8 +298,18 @@ PLANTED = {
     "PolicyNetwork": planted(
         PolicyNetwork,
         a_first_policy_far_from_uniform=("0.01", "1.0"),
+        the_gain_is_not_passed_on=("tanh_layers(2, last_gain,", "tanh_layers(2, 0.01,"),
         one_action=("tanh_layers(2,", "tanh_layers(1,"),
         probabilities_for_logits=("self.layers(observations)", "self.layers(observations).softmax(-1)"),
+    ),
+    "cartpole_networks": planted(
+        cartpole_networks,
+        the_gain_is_not_passed_on=("last_gain=policy_gain", "last_gain=0.01"),
+        the_value_function_first=(
+            "policy = PolicyNetwork",
+            "ValueNetwork(generator=generator); policy = PolicyNetwork",
+        ),
+        a_generator_of_its_own=("ValueNetwork(generator=generator)", "ValueNetwork(generator=torch.Generator())"),
     ),
     "ValueNetwork": planted(
         ValueNetwork,
