@@ -67,9 +67,9 @@ class PPOConfig:
             require_in(name, getattr(self, name), 0.0, 1.0)
         for name in ("num_ppo_epochs", "num_mini_batches"):
             require_in(name, getattr(self, name), 1)
-        for name in ("lr", "adam_eps", "max_grad_norm", "target_kl", "cliprange_value"):
-            if getattr(self, name) is not None:
-                require_in(name, getattr(self, name), 0.0, open_low=True)
+        optional = [name for name in ("target_kl", "cliprange_value") if getattr(self, name) is not None]
+        for name in ("lr", "adam_eps", "max_grad_norm", *optional):
+            require_in(name, getattr(self, name), 0.0, open_low=True)
         if self.whiten_advantages not in ("batch", "minibatch", "no"):
             got = f"got {self.whiten_advantages!r}"
             raise ValueError(f'whiten_advantages: {got}, expected "batch", "minibatch" or "no"')
@@ -173,8 +173,15 @@ def ppo_epochs(
     Returns:
         Metrics of :func:`ppo_loss`, averaged over the updates, with ``grad_norm`` and ``updates``, how many were
         taken: fewer than all when ``target_kl`` was exceeded.
+
+    Raises:
+        ValueError: if there are more minibatches than rows.
     """
     count, device, rows_of_step = len(old.mask), old.mask.device, []
+    if count < config.num_mini_batches:
+        raise ValueError(
+            f"num_mini_batches: got {config.num_mini_batches}, expected at most the {count} rows of a batch"
+        )
     if config.whiten_advantages == "batch":
         old = replace(old, advantages=whiten(old.advantages, old.mask))
     history: list[dict[str, Tensor]] = []

@@ -21,7 +21,7 @@ from rlhfkit.ppo import Experience, PPOConfig, Prediction, ppo_epochs
 from rlhfkit.sampling import logits_and_values, response_logprobs, sample
 from rlhfkit.tasks import Rollout, Task
 from rlhfkit.training import Run, device_of, require_finite, update
-from rlhfkit.validation import require_same_shape
+from rlhfkit.validation import require_in, require_same_shape
 
 TrainablePolicy = GPT | TabularPolicy
 OnStep = Callable[[int, dict[str, float]], None]
@@ -67,6 +67,7 @@ def train_reinforce(
     """
     device = device_of(policy)
     reference = _frozen(task, device)
+    policy.eval()  # no dropout: the samples and the gradient belong to one policy
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
     for step in range(steps):
         prompts = task.draw_prompts(generator).to(device).repeat_interleave(group_size, dim=0)
@@ -145,12 +146,15 @@ def train_ppo(
 
     Source: Ouyang et al. 2022, arXiv:2203.02155, eq. 2 and appendix C.4; Ziegler et al. 2019, arXiv:1909.08593.
     """
+    require_in("ptx_coef", ptx_coef, 0.0)
+    if pretraining is None and ptx_coef > 0:
+        raise ValueError(f"pretraining: got None with ptx_coef {ptx_coef}, expected data to weigh")
     config, device = config or PPOConfig(), device_of(policy)
     reference = _frozen(task, device)
     both = nn.ModuleDict({"policy": policy, "value": value}).eval()
     optimizer = torch.optim.Adam(both.parameters(), lr=config.lr, eps=config.adam_eps)
     recipe = {"loop": "ppo", "steps": steps, "group_size": group_size, "beta": task.beta, "ptx_coef": ptx_coef}
-    recipe |= asdict(config) | {"adaptive": kl_controller is not None, "pretraining": pretraining is not None}
+    recipe |= asdict(config) | {"kl_controller": vars(kl_controller) if kl_controller is not None else None}
     run = Run(both, [optimizer], recipe, checkpoint, save_every, generator)
     extra = None if pretraining is None else partial(_pretraining_loss, policy, *pretraining, ptx_coef, generator)
     episodes = [0.0, *(row["episode"] for row in run.history)]

@@ -1,11 +1,26 @@
 """Bad input: a ValueError that names the argument, what came and what was expected; data pass through unhidden."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from planting import f64, normal, raises
-from rlhfkit import advantages, exact, kl, logprobs, masked, policy_losses, preference_losses, sampling, tasks
-from rlhfkit.models import TabularPolicy
+from rlhfkit import (
+    advantages,
+    collect,
+    exact,
+    kl,
+    logprobs,
+    masked,
+    policy_losses,
+    ppo,
+    preference_losses,
+    sampling,
+    tasks,
+)
+from rlhfkit.models import TabularPolicy, TabularValue
+from rlhfkit.ppo import Experience, PPOConfig, Prediction
 
 NAN, INF = float("nan"), float("inf")
 X, Y, V = normal(2, 3), normal(2, 3, seed=1), normal(2)
@@ -185,6 +200,25 @@ case(sampling.sample, POLICY, PROMPTS, 99, generator=GENERATOR, words=("max_leng
 case(sampling.response_logprobs, POLICY, PROMPTS, TOKENS[:1], words=("tokens", "(1, 3)", "(B, T)"))
 case(sampling.response_logprobs, POLICY, PROMPTS[:, 0], TOKENS, words=("prompts", "(2,)", "(B, L0)"))
 case(sampling.response_logprobs, POLICY, PROMPTS, TOKENS + 5, words=("tokens", "[5, 5]", "[0, 4]"))
+
+
+STEP = Prediction(X, X, X), Experience(X, X, X, X, MASK)
+for name in ("logprobs", "values"):
+    wrong = dataclasses.replace(STEP[0], **{name: COLUMN})
+    case(ppo.ppo_loss, wrong, STEP[1], PPOConfig(), words=(name, "(2, 1)", "(2, 3)"))
+case(ppo.ppo_loss, dataclasses.replace(STEP[0], entropies=COLUMN), STEP[1], PPOConfig(), words=("mask", "(2, 1)"))
+for name in ("logprobs", "values", "advantages", "returns"):
+    wrong = dataclasses.replace(STEP[1], **{name: ROW})
+    config = PPOConfig(whiten_advantages="no")
+    case(ppo.ppo_loss, STEP[0], wrong, config, words=(name, "(1, 3)", "(2, 3)"))
+case(ppo.ppo_loss, STEP[0], dataclasses.replace(STEP[1], mask=MASK.long()), PPOConfig(), words=("mask", "torch.int64"))
+case(PPOConfig, lam=1.5, words=("lam", "1.5", "[0, 1]"))
+case(PPOConfig, lr=-1.0, words=("lr", "-1.0", "(0, inf)"))
+case(PPOConfig, whiten_advantages="all", words=("whiten_advantages", "'all'", "minibatch"))
+case(collect.ReviewTask, POLICY, len, -1.0, words=("beta", "-1.0", "[0, inf)"))
+for function in (lambda x, y: sampling.logits_and_values(POLICY, TabularValue(POLICY), x, y),):
+    case(function, PROMPTS, TOKENS + 5, words=("tokens", "[5, 5]", "[0, 4]"))
+    case(function, PROMPTS + 1, TOKENS, words=("tokens", "[1, 1]", "[0, 0]"))
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,24 @@
 """Collecting comparisons: prompts of the grammar, two different reviews each, from the policy that was asked."""
 
 import collections
+import copy
 import functools
 import itertools
 import math
+from pathlib import Path
 
 import torch
 
 from planting import close, edited, raises
 from rlhfkit import collect
-from rlhfkit.collect import draw_comparisons, draw_prompts, sample_reviews
-from rlhfkit.reviews import review_grammar
+from rlhfkit.advantages import leave_one_out_baseline
+from rlhfkit.collect import ReviewTask, draw_comparisons, draw_prompts, sample_reviews
+from rlhfkit.models import GPT, ScalarModel
+from rlhfkit.ppo import PPOConfig
+from rlhfkit.reviews import gold_scores, review_grammar
+from rlhfkit.sampling import sample
+from rlhfkit.train_policy import train_ppo, train_reinforce
+from rlhfkit.train_preference import score_responses
 
 
 def seeded(seed=0):
@@ -129,6 +137,93 @@ def test_equal_reviews_are_drawn_again_and_both_orders_are_equally_likely(draw_c
             assert abs(counts[a, b] - 300 * x) <= 4.5 * math.sqrt(300 * x * (1 - x)), (temperature, a, b)
 
 
+# --- the reviews as a task -----------------------------------------------------------------------------------------
+
+DATA = Path(__file__).parent.parent / "chapters" / "data"
+
+
+def half_price(rollout):
+    return rollout.response_mask.sum(1) / 2
+
+
+def test_a_review_task_draws_prompts_of_the_grammar_and_asks_the_judge(ReviewTask=ReviewTask):
+    grammar = review_grammar()
+    task = ReviewTask(grammar, half_price, 0.1, 30, 20)
+    assert (task.beta, task.num_prompts, task.max_length, task.eos_id) == (0.1, 30, 20, grammar.eos_id)
+    assert task.reference() is grammar and task.reference() is task.reference()
+    generator, before = seeded(), torch.get_rng_state()
+    prompts = [task.draw_prompts(generator) for _ in range(2)]
+    assert [len(p) for p in prompts] == [30, 30] and texts(prompts[0]) != texts(prompts[1])
+    assert all((p[:, -1] != 0).all() and grammar.accepts(f"{texts(p)[0]} {written(p)}") for p in prompts)
+    assert task.draw_prompts(seeded()).equal(prompts[0]) and before.equal(torch.get_rng_state())
+    rollout = sample(grammar, prompts[0], task.max_length, generator=generator, eos_id=task.eos_id)
+    assert task.score(rollout).equal(rollout.response_mask.sum(1) / 2)
+    assert ReviewTask(grammar, half_price, 0.0).max_length == collect.MAX_LENGTH
+
+
+def written(prompts):
+    """A review of the kind that the first prompt asks for."""
+    return f"the {'plot' if film(texts(prompts)[0]) else 'price'} was good . what a joy ."
+
+
+def test_a_review_task_refuses_what_is_out_of_range(ReviewTask=ReviewTask):
+    for changes in ({"beta": -0.1}, {"beta": math.nan}, {"num_prompts": 0}, {"max_length": 0}):
+        settings = {"ref": review_grammar(), "judge": half_price, "beta": 0.1} | changes
+        (name, bad), *_ = changes.items()
+        raises(ValueError, lambda s=settings: ReviewTask(**s), name, str(bad))
+
+
+def test_prompts_and_scores_go_where_the_reference_and_the_rollout_are(ReviewTask=ReviewTask):
+    class Elsewhere(torch.nn.Linear):
+        """A policy on another device."""
+
+    task = ReviewTask(Elsewhere(1, 1, device="meta"), lambda rollout: torch.ones(3, dtype=torch.float64), 0.1, 3)
+    assert task.draw_prompts(seeded()).device.type == "meta"
+    rollout = sample(review_grammar(), draw_prompts(3, seeded()), 4, generator=seeded())
+    elsewhere = type(rollout)(*(x.to("meta") for x in vars(rollout).values()))
+    assert task.score(elsewhere).device.type == "meta" and task.score(rollout).device.type == "cpu"
+
+
+@functools.cache
+def committed():
+    """The SFT model, the reward model, and prompts to judge a policy by."""
+    sft, reward = GPT.load(DATA / "reviews_sft.safetensors"), ScalarModel.load(DATA / "reviews_reward.safetensors")
+    return sft.eval(), reward.eval(), draw_prompts(60, seeded(9))
+
+
+def proxy(rollout):
+    return score_responses(committed()[1], rollout.prompts, rollout.tokens)
+
+
+def judged(policy, judge):
+    """Mean score of reviews to the held-out prompts, the same random numbers for every policy."""
+    return judge(sample_reviews(policy, committed()[2], seeded(1))).mean().item()
+
+
+def test_a_few_steps_of_ppo_and_of_reinforce_please_either_judge(ReviewTask=ReviewTask):
+    """From the committed models: gold score by half a point, proxy by one. The reference stays as it was."""
+    sft = committed()[0]
+    before = copy.deepcopy(sft.state_dict())
+    config = PPOConfig(lr=1e-3, num_ppo_epochs=2, num_mini_batches=2, cliprange_value=None)
+    for judge, rise in ((gold_scores, 0.5), (proxy, 1.0)):
+        policy = copy.deepcopy(sft)
+        task = ReviewTask(sft, judge, 0.05, 16)
+        settings = {"steps": 4, "group_size": 4, "config": config, "generator": seeded()}
+        history = train_ppo(policy, ScalarModel(policy, 0.0), task, **settings)
+        assert judged(policy, judge) > judged(sft, judge) + rise
+        assert abs(history[0]["objective/kl"]) < 1e-3 < history[-1]["objective/kl"]
+        assert abs(history[0]["val/ratio"] - 1) < 0.2 and history[0]["val/num_eos_tokens"] > 0.9
+    policy = copy.deepcopy(sft)
+    settings = {"steps": 4, "group_size": 4, "lr": 1e-3, "baseline": leave_one_out_baseline}
+    train_reinforce(policy, ReviewTask(sft, gold_scores, 0.05, 16), generator=seeded(), **settings)
+    assert judged(policy, gold_scores) > judged(sft, gold_scores) + 0.25
+    assert all(x.equal(before[name]) for name, x in sft.state_dict().items())
+
+
+def _task(*changes):
+    return edited(ReviewTask, *changes)
+
+
 def _draw(*changes):
     return edited(draw_comparisons, *changes)
 
@@ -150,6 +245,35 @@ PLANTED = {
                 :count
             ]
         ],
+    },
+    "ReviewTask": {
+        "the same prompts every step": _task(
+            (
+                "draw_prompts(self.num_prompts, generator).to",
+                "draw_prompts(self.num_prompts, torch.Generator().manual_seed(0)).to",
+            )
+        ),
+        "global generator": _task(
+            (
+                "draw_prompts(self.num_prompts, generator).to",
+                "draw_prompts(self.num_prompts, torch.default_generator).to",
+            )
+        ),
+        "another number of prompts": _task(
+            ("draw_prompts(self.num_prompts, generator).to", "draw_prompts(64, generator).to")
+        ),
+        "prompts stay on the processor": _task(
+            ("self.num_prompts, generator).to(device)", "self.num_prompts, generator)")
+        ),
+        "scores stay where the judge is": _task(
+            ("self.judge(rollout).to(rollout.tokens.device)", "self.judge(rollout)")
+        ),
+        "the opposite score": _task(("self.judge(rollout).to", "-self.judge(rollout).to")),
+        "no end token": _task(("return review_grammar().eos_id", "return None")),
+        "negative beta allowed": _task(('require_in("beta", self.beta, 0.0)', "pass")),
+        "no prompt allowed": _task(("self.num_prompts, 1)", "self.num_prompts, 0)")),
+        "length not checked": _task(('require_in("max_length", self.max_length, 1)', "pass")),
+        "another reference every time": _task(("return self.ref", "import copy; return copy.copy(self.ref)")),
     },
     "sample_reviews": {
         "never ends": _sample(("eos_id=eos_id, temp", "eos_id=None, temp")),

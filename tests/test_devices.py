@@ -5,9 +5,10 @@ import torch
 
 from planting import masks, normal
 from rlhfkit import advantages, exact, kl, logprobs, masked, policy_losses, preference_losses, sampling
-from rlhfkit.models import TabularPolicy
+from rlhfkit.models import TabularPolicy, TabularValue
+from rlhfkit.ppo import Experience, PPOConfig, Prediction, ppo_epochs, ppo_loss
 from rlhfkit.tasks import random_task
-from rlhfkit.train_policy import train_reinforce
+from rlhfkit.train_policy import train_ppo, train_reinforce
 
 
 def calls():
@@ -16,7 +17,8 @@ def calls():
     logits, tokens, four = normal(5, 5, 3), masks().long(), (v, v, v, v)
     task = random_task(3, 2, 2, eos_id=0).to(x.device)
     policy, generator = task.reference(), torch.Generator(x.device).manual_seed(0)
-    prompts = task.prompts.repeat(3, 1)
+    prompts, value = task.prompts.repeat(3, 1), TabularValue(policy)
+    old = Experience(y, x, y, x, mask)
     return {
         "masked_sum": lambda: masked.masked_sum(x, mask, 1),
         "masked_mean": lambda: masked.masked_mean(x, mask),
@@ -61,6 +63,17 @@ def calls():
         "task.prompts": lambda: task.prompts,
         "sample": lambda: sampling.sample(policy, prompts, 2, generator=generator, eos_id=0).logprobs,
         "all_logprobs": lambda: sampling.all_logprobs(policy, task),
+        "value.values": lambda: value.values(prompts),
+        "logits_and_values": lambda: torch.stack(
+            [x.sum() for x in sampling.logits_and_values(policy, value, prompts, prompts.repeat(1, 2))]
+        ),
+        "ppo_loss": lambda: ppo_loss(Prediction(x, y, x), old, PPOConfig(whiten_advantages="minibatch"))[0],
+        "ppo_epochs": lambda: ppo_epochs(
+            lambda rows: Prediction(x[rows], y[rows], x[rows]), old, PPOConfig(), torch.detach, generator
+        )["loss/value_avg"],
+        "trimmed": lambda: (
+            sampling.sample(policy, prompts, 2, generator=generator, eos_id=0).trimmed().logprobs.sum() * 0
+        ),
         "response_logprobs": lambda: sampling.response_logprobs(policy, prompts, prompts.repeat(1, 2)),
     }
 
@@ -116,3 +129,13 @@ def test_reinforce_trains_on_cuda():
     train_reinforce(policy, task, steps=3, group_size=8, lr=0.1, generator=generator)
     assert policy.table.is_cuda and not policy.table.equal(before)
     assert TabularPolicy(3, 2).to("cuda").logits(torch.zeros(1, 1, dtype=torch.long, device="cuda")).is_cuda
+
+
+@pytest.mark.gpu
+def test_ppo_trains_on_cuda():
+    task = random_task(3, 2, 2, eos_id=0).to("cuda")
+    policy, generator = task.reference(), torch.Generator("cuda").manual_seed(0)
+    value, before = TabularValue(policy), policy.table.detach().clone()
+    history = train_ppo(policy, value, task, steps=3, group_size=8, generator=generator)
+    assert value.table.is_cuda and not policy.table.equal(before) and (value.table != 0).any()
+    assert [type(row["val/ratio"]) for row in history] == [float] * 3

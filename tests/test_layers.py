@@ -37,9 +37,11 @@ MAY_IMPORT = {  # module: (modules of ours, packages of others)
     "sampling": (ZERO | ONE, {"torch"}),
     "collect": (ZERO | ONE | {"sampling", "training"}, {"torch"}),
     "training": (ZERO | ONE | {"sampling"}, {"torch", "tqdm"}),
-    "train_policy": (ZERO | ONE | {"sampling"}, {"torch"}),
-    "train_preference": (ZERO | ONE | {"sampling", "training", "train_policy"}, {"torch"}),
-    "control": (ZERO | ONE | {"sampling", "train_policy"}, {"torch", "numpy", "gymnasium", "tqdm"}),
+    "ppo": (ZERO, {"torch"}),
+    "train_policy": (ZERO | ONE | {"sampling", "training", "ppo"}, {"torch"}),
+    "train_preference": (ZERO | ONE | {"sampling", "training"}, {"torch"}),
+    "control": (ZERO | ONE, {"torch", "gymnasium"}),
+    "train_control": (ZERO | ONE | {"control", "training", "ppo"}, {"torch"}),
     "display": (ZERO | ONE | {"exact"}, PAGES),
     "frames": (ZERO | ONE | {"exact", "display"}, PAGES),
 }
@@ -101,6 +103,8 @@ PLANTED = {
     "a checkpoint knows a model": ("checkpoints", "from rlhfkit.gpt import GPT", {"gpt"}),
     "collecting trains": ("collect", "from rlhfkit.train_preference import train_sft", {"train_preference"}),
     "the shared parts know a loop": ("training", "from rlhfkit.train_policy import require_finite", {"train_policy"}),
+    "the update of PPO knows a task": ("ppo", "from rlhfkit.tasks import Task", {"tasks"}),
+    "an environment knows a loop": ("control", "from rlhfkit.train_control import descend", {"train_control"}),
     "tasks know plots": ("tasks", "import matplotlib.pyplot as plt", {"matplotlib"}),
 }
 

@@ -7,7 +7,7 @@ import torch
 
 from planting import close, edited, f64, normal, raises
 from rlhfkit.exact import enumerate_responses
-from rlhfkit.models import TabularPolicy
+from rlhfkit.models import TabularPolicy, TabularValue
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -84,6 +84,46 @@ def test_policy_refuses_what_it_has_no_row_for(TabularPolicy=TabularPolicy):
         raises(ValueError, lambda s=sizes: TabularPolicy(*s), str(sizes))
 
 
+def marked_values(TabularValue, dtype=torch.float64):
+    """V = 2, T = 3, two prompts; every value is its own number: 100 p + row + 1."""
+    value = TabularValue(TabularPolicy(2, 3, 2).to(dtype))
+    value.table.data = 100 * torch.arange(2, dtype=dtype)[:, None] + torch.arange(1, 8, dtype=dtype)
+    return value
+
+
+def test_each_prefix_has_a_value_of_its_own_and_nothing_follows_a_whole_response(TabularValue=TabularValue):
+    value = marked_values(TabularValue)
+    prefixes = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)]
+    for p, (row, prefix) in itertools.product((0, 1), enumerate(prefixes)):
+        assert value.values(torch.tensor([[p, *prefix]]))[0, -1] == 100 * p + row + 1
+    tokens = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0], [1, 1, 1, 0]])
+    expected = [[101, 102, 105, 0], [1, 3, 6, 0], [101, 103, 107, 0]]
+    assert value.values(tokens).tolist() == expected
+    for length in range(1, 4):
+        assert value.values(tokens[:, :length]).tolist() == [row[:length] for row in expected]
+
+
+def test_values_start_at_0_in_the_dtype_and_the_shape_of_the_policy(TabularValue=TabularValue):
+    for dtype in (torch.float32, torch.float64):
+        policy = TabularPolicy(3, 2, 2, normal(2, 4, 3)).to(dtype)
+        value = TabularValue(policy)
+        found = value.values(torch.tensor([[0, 1, 2], [1, 2, 2]]))
+        assert found.shape == (2, 3) and found.dtype == value.table.dtype == dtype and (found == 0).all()
+        assert value.table.shape == (2, 4) and value.table.device == policy.table.device
+        assert [name for name, _ in value.named_parameters()] == ["table"]  # the policy is no part of it
+        with torch.no_grad():
+            value.table.fill_(1.0)
+        assert policy.table.detach().equal(normal(2, 4, 3).to(dtype))
+
+
+def test_gradient_reaches_the_values_that_were_read_and_no_other(TabularValue=TabularValue):
+    value = marked_values(TabularValue)
+    total = value.values(torch.tensor([[1, 0, 1, 1], [1, 0, 0, 0]])).sum()
+    assert total.requires_grad
+    total.backward()
+    close(value.table.grad, f64([[0.0] * 7, [2, 2, 0, 1, 1, 0, 0]]))
+
+
 PLANTED = {
     "TabularPolicy": {
         "digits in the other order": edited(
@@ -112,6 +152,29 @@ PLANTED = {
         "starts in single precision": edited(
             TabularPolicy, ("torch.zeros(shape, dtype=torch.float64)", "torch.zeros(shape)")
         ),
+    },
+    "TabularValue": {
+        "one value for all prompts": edited(
+            TabularValue, ("self.table[tokens[:, :1], ", "self.table[0 * tokens[:, :1], ")
+        ),
+        "one value for all prefixes": edited(TabularValue, ("rows.clamp(min=0)", "rows.clamp(0, 0)")),
+        "something after a whole response": edited(
+            TabularValue, ("torch.where(rows >= 0, values, torch.zeros_like(values))", "values")
+        ),
+        "nothing before the response": edited(TabularValue, ("torch.where(rows >= 0", "torch.where(rows > 0")),
+        "one token late": edited(
+            TabularValue, ("rows = self.prefixes(tokens)", "rows = self.prefixes(tokens).roll(1, 1)")
+        ),
+        "in single precision": edited(
+            TabularValue, ("torch.zeros_like(policy.table[..., 0])", "torch.zeros_like(policy.table[..., 0]).float()")
+        ),
+        "starts at the logits": edited(
+            TabularValue, ("torch.zeros_like(policy.table[..., 0])", "policy.table.detach()[..., 0]")
+        ),
+        "the policy is a part": edited(
+            TabularValue, ("self.prefixes = policy.prefixes", "self.policy = policy; self.prefixes = policy.prefixes")
+        ),
+        "no gradient": edited(TabularValue, ("values = self.table[", "values = self.table.detach()[")),
     },
 }
 EXEMPT = {"Policy"}

@@ -1,6 +1,7 @@
 """Sampling: draws follow the exact distribution, and a rollout records what the policy says about them."""
 
 import collections
+import copy
 import itertools
 import math
 
@@ -9,8 +10,8 @@ import torch
 
 from planting import close, edited, f64, leaf, normal, raises
 from rlhfkit.exact import enumerate_responses
-from rlhfkit.models import GPT, GPTConfig, TabularPolicy
-from rlhfkit.sampling import all_logprobs, response_logprobs, sample, truncate_logits
+from rlhfkit.models import GPT, GPTConfig, ScalarModel, TabularPolicy, TabularValue
+from rlhfkit.sampling import all_logprobs, logits_and_values, response_logprobs, sample, truncate_logits
 from rlhfkit.tasks import random_task
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -347,8 +348,87 @@ def _sample(*changes):
     return edited(sample, *changes)
 
 
+def _both(*changes):
+    return edited(logits_and_values, *changes)
+
+
 def _truncate(*changes):
     return edited(truncate_logits, *changes)
+
+
+def small_gpt(seed=0):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(7, 12, 8, 1, 2, pad_id=0)).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+LEFT_PADDED = ([[0, 5, 6], [2, 3, 4], [0, 0, 3]], [[1, 2, 3], [4, 1, 0], [1, 0, 0]])
+
+
+def test_logits_and_values_stand_where_each_token_is_chosen(logits_and_values=logits_and_values):
+    """Row by row and without padding, after prompt and earlier tokens; with a shared trunk, a copy and another."""
+    policy = small_gpt()
+    prompts, tokens = map(torch.tensor, LEFT_PADDED)
+    for trunk in (policy, copy.deepcopy(policy), small_gpt(1)):
+        value = ScalarModel(trunk, 0.5).double()
+        torch.nn.init.normal_(value.head.bias)
+        logits, values = logits_and_values(policy, value, prompts, tokens)
+        assert logits.shape == (3, 3, 7) and values.shape == (3, 3) and logits.dtype == values.dtype == torch.float64
+        for b, t in itertools.product(range(3), range(3)):
+            said = [x for x in prompts[b].tolist() if x] + tokens[b, :t].tolist()
+            if tokens[b, t]:  # what stands at padding means nothing
+                alone = torch.tensor([said])
+                close(logits[b, t], policy.logits(alone)[0, -1])
+                close(values[b, t], value.values(alone)[0, -1])
+
+
+def test_a_shared_trunk_runs_once_and_its_gradient_is_that_of_both(logits_and_values=logits_and_values):
+    policy = small_gpt()
+    value, calls = ScalarModel(policy, 0.5).double(), []
+    prompts, tokens = map(torch.tensor, LEFT_PADDED)
+    weights = normal(3, 3, 7), normal(3, 3, seed=1)
+
+    def slopes(*arguments):
+        outputs = logits_and_values(*arguments, prompts, tokens)
+        total = sum((w * x).sum() for w, x in zip(weights, outputs, strict=True))
+        return torch.autograd.grad(total, list(policy.parameters()), allow_unused=True)
+
+    apart = copy.deepcopy(value)
+    hook = policy.norm.register_forward_hook(lambda *_: calls.append(1))
+    together = slopes(policy, value)
+    assert len(calls) == 1
+    hook.remove()
+    copied = slopes(policy, apart)
+    for a, b in zip(together, copied, strict=True):
+        assert (a is None) == (b is None)
+    assert any(not torch.allclose(a, b) for a, b in zip(together, copied, strict=True) if a is not None)
+    twice = value.values(torch.cat([prompts, tokens], 1))[:, 2:-1]
+    alone = torch.autograd.grad((weights[1] * twice).sum(), list(policy.parameters()), allow_unused=True)
+    for a, b, c in zip(together, copied, alone, strict=True):
+        if a is not None:
+            close(a, b + (0 if c is None else c))
+
+
+def test_logits_and_values_of_tables_are_read_at_the_prefixes(logits_and_values=logits_and_values):
+    policy = policy_of()
+    value = TabularValue(policy)
+    value.table.data = normal(*value.table.shape, seed=4)
+    prompts, (tokens, _) = torch.tensor([[1]]).repeat(27, 1), enumerate_responses(3, 3)
+    logits, values = logits_and_values(policy, value, prompts, tokens)
+    for row, t in itertools.product((0, 13, 26), range(3)):
+        so_far = torch.cat([prompts[row], tokens[row, :t]]).unsqueeze(0)
+        close(logits[row, t], policy.logits(so_far)[0, -1])
+        close(values[row, t], value.values(so_far)[0, -1])
+
+
+def test_logits_and_values_come_in_float32_from_half_precision(logits_and_values=logits_and_values):
+    policy = small_gpt().to(torch.bfloat16)
+    value = ScalarModel(policy, 0.5)
+    for other in (value, copy.deepcopy(value)):
+        found = logits_and_values(policy, other, *map(torch.tensor, LEFT_PADDED))
+        assert {x.dtype for x in found} == {torch.float32}
 
 
 PLANTED = {
@@ -445,6 +525,30 @@ PLANTED = {
         "temperature ignored": edited(response_logprobs, ("if temperature == 1 else", "if True else")),
         "no gradient": lambda *a: response_logprobs(*a).detach() + 0 * response_logprobs(*a),
         "response before the prompt": edited(response_logprobs, ("[prompts, tokens]", "[tokens, prompts]")),
+    },
+    "logits_and_values": {
+        "values one position late": _both(
+            ("value.values(sequences)[:, last:-1]", "value.values(sequences)[:, last + 1 :]")
+        ),
+        "shared values one position late": _both(
+            ("value.from_hidden(hidden)", "value.from_hidden(policy.hidden(sequences)[:, last + 1 :])")
+        ),
+        "logits one position late": _both(
+            ("policy.logits(sequences)[:, last:-1]", "policy.logits(sequences)[:, last + 1 :]")
+        ),
+        "prompt included": _both(("prompts.shape[1] - 1", "0")),
+        "begins a token early": _both(
+            (
+                "policy.logits(sequences)[:, last:-1], value.values(sequences)[:, last:-1]",
+                "policy.logits(sequences)[:, last - 1 : -2], value.values(sequences)[:, last - 1 : -2]",
+            )
+        ),
+        "the trunk runs twice": _both(('if hasattr(value, "trunk") and value.trunk is policy:', "if False:")),
+        "any trunk is the policy's": _both((" and value.trunk is policy:", ":")),
+        "no gradient from the values": _both(("value.from_hidden(hidden)", "value.from_hidden(hidden.detach())")),
+        "no gradient from the logits": _both(("policy.unembed(hidden)", "policy.unembed(hidden.detach())")),
+        "half stays half": _both(("(logits.float(), values.float()) if half else", "")),
+        "response before the prompt": _both(("[prompts, tokens]", "[tokens, prompts]")),
     },
     "all_logprobs": {
         "padding counts": lambda policy, task: (

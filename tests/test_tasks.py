@@ -52,6 +52,41 @@ def test_reference_is_a_fresh_policy_every_time(ExactTask=ExactTask):
     assert task.prompts.tolist() == [[0], [1]]
 
 
+def test_a_step_draws_every_prompt_once_and_no_random_number(ExactTask=ExactTask):
+    task, generator = tiny(ExactTask), torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    assert task.draw_prompts(generator).tolist() == [[0], [1]]
+    assert generator.get_state().equal(before)
+
+
+def ragged(masks):
+    mask = torch.tensor(masks, dtype=torch.bool)
+    rows, columns = mask.shape
+    numbers = torch.arange(rows * columns).view(rows, columns)
+    return Rollout(100 + numbers[:, :1], numbers, mask, -numbers / 8, -numbers / 16)
+
+
+RAGGED = [
+    ([[1, 1, 0, 0], [1, 0, 0, 0]], 2),
+    ([[1, 0, 0, 0], [1, 1, 1, 1]], 4),
+    ([[0, 0, 1, 0], [0, 0, 1, 0]], 3),  # padded on the left
+    ([[1, 0, 0, 1], [1, 0, 0, 0]], 4),  # a hole in every row
+    ([[1, 0, 1, 0, 0], [1, 0, 0, 0, 0]], 3),
+    ([[0, 0, 0], [0, 0, 0]], 1),
+    ([[1], [1]], 1),
+]
+
+
+def test_trimming_cuts_the_last_columns_that_no_row_uses(Rollout=Rollout):
+    for masks, width in RAGGED:
+        whole = ragged(masks)
+        cut = Rollout.trimmed(whole)
+        assert cut.prompts.equal(whole.prompts)
+        for name in ("tokens", "response_mask", "logprobs", "sampling_logprobs"):
+            assert getattr(cut, name).tolist() == getattr(whole, name)[:, :width].tolist(), name
+        assert cut.response_mask.sum() == whole.response_mask.sum()
+
+
 def test_task_refuses_scores_of_another_list_and_cannot_be_changed(ExactTask=ExactTask):
     task = tiny(ExactTask)
     raises(ValueError, lambda: dataclasses.replace(task, scores=f64([[1.0, 2.0]])), "scores", "(1, 2)")
@@ -158,7 +193,26 @@ PLANTED = {
             )
         ),
         "scores not checked": _task(('raise ValueError(f"scores', 'print(f"scores')),
+        "the first prompt only": _task(("return self.prompts\n", "return self.prompts[:1]\n")),
+        "prompts drawn": _task(
+            (
+                "return self.prompts\n",
+                "return torch.randint(2, (2, 1), generator=generator).sort(0)[0] * 0 + self.prompts\n",
+            )
+        ),
         "to forgets the scores": _task(("scores=self.scores.to(device),", "")),
+    },
+    "Rollout": {
+        "columns counted": edited(Rollout, ("max(columns, default=0) + 1", "max(1, len(columns))")),
+        "one column too few": edited(Rollout, ("default=0) + 1", "default=1)")),
+        "one column too many": edited(Rollout, ("default=0) + 1", "default=0) + 2")),
+        "columns that every row uses": edited(Rollout, ("response_mask.any(0)", "response_mask.all(0)")),
+        "the first row decides": edited(Rollout, ("response_mask.any(0)", "response_mask[0]")),
+        "nothing may be left": edited(Rollout, ("default=0)", "default=-1)")),
+        "prompts cut too": edited(Rollout, ("Rollout(self.prompts,", "Rollout(self.prompts[:, :0],")),
+        "log-probabilities crossed": edited(
+            Rollout, ("self.logprobs, self.sampling_logprobs)", "self.sampling_logprobs, self.logprobs)")
+        ),
     },
     "Comparison": {
         "sides swapped": edited(Comparison, ('if choice == "first" else', 'if choice != "first" else')),
@@ -219,4 +273,4 @@ PLANTED = {
         ),
     },
 }
-EXEMPT = {"Rollout"}
+EXEMPT = {"Task"}

@@ -20,7 +20,6 @@ from rlhfkit.train_preference import (
     score_responses,
     train_reward_model,
     train_sft,
-    update,
 )
 from rlhfkit.training import device_of
 
@@ -469,45 +468,6 @@ def test_every_parameter_has_one_optimiser_and_muon_those_inside_the_blocks(muon
     assert set(decay.values()) == {0.3, 0.0} and adamw.param_groups[0]["betas"] == (0.9, 0.95)
 
 
-def quadratic(start=(3.0, 4.0)):
-    model = nn.Linear(2, 1, bias=False).double()
-    with torch.no_grad():
-        model.weight.copy_(f64([start]))
-    return model, lambda: model.weight.square().sum() / 2  # its gradient is the weight itself
-
-
-def test_an_update_is_a_clipped_step_and_says_the_norm_before(update=update):
-    for max_norm, scale in ((10.0, 1.0), (1.0, 0.2)):
-        model, loss = quadratic()
-        model.weight.grad = f64([[100.0, 100.0]])  # of an earlier step
-        slow, fast = (
-            torch.optim.SGD([{"params": model.parameters(), **extra}], lr=9.0) for extra in ({}, {"lr_scale": 3.0})
-        )
-        norm = update(model, [slow], loss(), 0.1, 0, max_norm)
-        close(norm, f64(5.0))
-        close(model.weight.detach(), f64([[3.0, 4.0]]) * (1 - 0.1 * scale), rtol=1e-5, atol=1e-6)  # + 1e-6 in torch
-        model, loss = quadratic()
-        slow, fast = (
-            torch.optim.SGD([{"params": model.parameters(), **extra}], lr=9.0) for extra in ({}, {"lr_scale": 3.0})
-        )
-        update(model, [slow, fast], loss(), 0.1, 0, max_norm)
-        close(model.weight.detach(), f64([[3.0, 4.0]]) * (1 - 0.4 * scale), rtol=1e-5, atol=1e-6)
-
-
-def test_an_update_that_is_not_finite_changes_nothing(update=update):
-    for quantity, spoil in (
-        ("loss", lambda loss: loss * math.inf),
-        ("loss", lambda loss: loss * math.nan),
-        ("gradient norm", lambda loss: loss + 0 * (loss - loss.detach()).abs().sqrt()),
-    ):
-        model, loss = quadratic()
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        spoilt = spoil(loss())
-        call = lambda m=model, o=optimizer, x=spoilt: update(m, [o], x, 0.1, 17, 1.0)  # noqa: E731
-        raises(FloatingPointError, call, "step 17", quantity)
-        assert model.weight.tolist() == [[3.0, 4.0]]
-
-
 # --- the slowest last -----------------------------------------------------------------------------------------------
 
 
@@ -631,21 +591,6 @@ PLANTED = {
         "one rate for both": edited(muon_and_adamw, ("3.0", "1.0")),
         "no decay": lambda model, weight_decay: muon_and_adamw(model, 0.0),
         "the default memory": edited(muon_and_adamw, ("betas=BETAS", "betas=(0.9, 0.999)")),
-    },
-    "update": {
-        "gradients pile up": edited(update, ("    model.zero_grad()\n", "")),
-        "not clipped": edited(update, ("parameters(), max_norm)", "parameters(), torch.inf)")),
-        "norm after clipping": lambda *a: update(*a).clamp(max=a[-1]),
-        "rate not set": edited(update, ('group["lr"] = lr * group.get("lr_scale", 1.0)', "pass")),
-        "scale forgotten": edited(update, (' * group.get("lr_scale", 1.0)', "")),
-        "first optimiser only": edited(update, ("in optimizers:", "in optimizers[:1]:")),
-        "gradient not checked": edited(update, ('    require_finite("gradient norm", norm, step)\n', "")),
-        "loss not checked": edited(update, ('    require_finite("loss", loss.detach(), step)\n', "")),
-        "checked too late": edited(
-            update,
-            ('    require_finite("gradient norm", norm, step)\n', ""),
-            ("    return norm", '    require_finite("gradient norm", norm, step)\n    return norm'),
-        ),
     },
 }
 EXEMPT = set()

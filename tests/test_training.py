@@ -3,14 +3,25 @@
 import math
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from planting import close, edited, f64, raises
-from rlhfkit.checkpoints import save_checkpoint
+from rlhfkit.checkpoints import load_checkpoint, save_checkpoint
 from rlhfkit.models import GPT, GPTConfig
-from rlhfkit.training import Run, batch_of_step, cosine_lr, device_of, join_right_padded, pad_to_one_width
+from rlhfkit.training import (
+    Run,
+    batch_of_step,
+    cosine_lr,
+    device_of,
+    join_right_padded,
+    pad_to_one_width,
+    require_finite,
+    update,
+)
 
 # --- sequences ---------------------------------------------------------------------------------------------------
 
@@ -137,6 +148,60 @@ def test_the_learning_rate_rises_in_equal_steps_and_falls_as_a_cosine(cosine_lr=
     assert cosine_lr(0, 5, 2.0, 0) == 2.0 and cosine_lr(0, 1, 2.0, 0) == 2.0 and cosine_lr(3, 3, 2.0, 3) == 2.0
 
 
+# --- one update ---------------------------------------------------------------------------------------------------
+
+
+def test_require_finite_names_what_step_and_value(require_finite=require_finite):
+    for dtype in (torch.float32, torch.float64):
+        finite = torch.tensor([[0.0, -1e30]], dtype=dtype)
+        raises(ZeroDivisionError, lambda x=finite: (require_finite("loss", x, 3), 1 / 0))  # gets past the check
+        for junk in ("nan", "inf", "-inf"):
+            x = torch.tensor([0.0, float(junk)], dtype=dtype)
+            raises(
+                FloatingPointError, lambda x=x: require_finite("some gradient", x, 7), "step 7", "some gradient", junk
+            )
+            raises(FloatingPointError, lambda x=x: require_finite("loss", x[1], 0), "step 0", "loss", junk)
+
+
+def quadratic(start=(3.0, 4.0)):
+    model = nn.Linear(2, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(f64([start]))
+    return model, lambda: model.weight.square().sum() / 2  # its gradient is the weight itself
+
+
+def test_an_update_is_a_clipped_step_and_says_the_norm_before(update=update):
+    for max_norm, scale in ((10.0, 1.0), (1.0, 0.2)):
+        model, loss = quadratic()
+        model.weight.grad = f64([[100.0, 100.0]])  # of an earlier step
+        slow, fast = (
+            torch.optim.SGD([{"params": model.parameters(), **extra}], lr=9.0) for extra in ({}, {"lr_scale": 3.0})
+        )
+        norm = update(model, [slow], loss(), 0.1, 0, max_norm)
+        close(norm, f64(5.0))
+        close(model.weight.detach(), f64([[3.0, 4.0]]) * (1 - 0.1 * scale), rtol=1e-5, atol=1e-6)  # + 1e-6 in torch
+        model, loss = quadratic()
+        slow, fast = (
+            torch.optim.SGD([{"params": model.parameters(), **extra}], lr=9.0) for extra in ({}, {"lr_scale": 3.0})
+        )
+        update(model, [slow, fast], loss(), 0.1, 0, max_norm)
+        close(model.weight.detach(), f64([[3.0, 4.0]]) * (1 - 0.4 * scale), rtol=1e-5, atol=1e-6)
+
+
+def test_an_update_that_is_not_finite_changes_nothing(update=update):
+    for quantity, spoil in (
+        ("loss", lambda loss: loss * math.inf),
+        ("loss", lambda loss: loss * math.nan),
+        ("gradient norm", lambda loss: loss + 0 * (loss - loss.detach()).abs().sqrt()),
+    ):
+        model, loss = quadratic()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        spoilt = spoil(loss())
+        call = lambda m=model, o=optimizer, x=spoilt: update(m, [o], x, 0.1, 17, 1.0)  # noqa: E731
+        raises(FloatingPointError, call, "step 17", quantity)
+        assert model.weight.tolist() == [[3.0, 4.0]]
+
+
 # --- runs --------------------------------------------------------------------------------------------------------
 
 RECIPE = {"lr": 0.1, "seed": 0, "betas": (0.9, 0.99)}
@@ -206,6 +271,50 @@ def test_a_run_stopped_anywhere_ends_with_the_same_weights(Run=Run):
                 assert all(a.equal(b) for a, b in zip(weights, whole, strict=True)), (when, stop)
                 assert again == history and done == list(range(8))[-len(done) :]
                 assert len(done) == 8 - stop // 3 * 3
+
+
+def draws(Run, path, stop=None, seed=3, total=6):
+    """A run whose metrics are what its generator gives."""
+    generator = torch.Generator().manual_seed(seed)
+    model = model_of()
+    run = Run(model, [torch.optim.SGD(model.parameters(), lr=0.1)], RECIPE, path, 2, generator)
+    for step in run.steps(total, "test"):
+        run.log({"drawn": torch.rand(1, generator=generator, dtype=torch.float64)})
+        if step == stop:
+            raise Stop
+    return run.history, torch.rand(1, generator=generator).item()
+
+
+def test_a_stopped_run_goes_on_with_the_draws_of_its_generator(Run=Run):
+    """Whatever state the generator is in when it is handed over, and without touching the global one."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole = draws(Run, None)
+        assert whole != draws(Run, None, seed=4) and len({row["drawn"] for row in whole[0]}) == 6
+        for stop in range(6):
+            path = Path(folder) / f"{stop}"
+            try:
+                draws(Run, path, stop)
+            except Stop:
+                pass
+            found = draws(Run, path, seed=3 + stop % 2 * (stop >= 2))  # before the first save there is no file
+            assert found == whole, stop
+        assert draws(Run, path, seed=8) == whole
+        without = load_checkpoint(Path(folder) / "5")[0]
+        assert without["random/generator"].dtype == torch.uint8
+        learn(Run, Path(folder) / "plain", 4, 2)
+        assert "random/generator" not in load_checkpoint(Path(folder) / "plain")[0]
+
+
+def test_the_progress_bar_shows_the_first_metric(Run=Run):
+    for metrics, shown in (
+        ({"loss": 0.5, "lr": 3.0}, "loss 0.500"),
+        ({"score": torch.tensor(-2.0), "loss": 1.0}, "score -2.000"),
+    ):
+        run, said = Run(model_of(), [], {}, None, 1), []
+        with mock.patch.object(tqdm, "set_postfix_str", lambda self, text, refresh, said=said: said.append(text)):
+            for _ in run.steps(2, "test"):
+                run.log(metrics)
+        assert said == [shown] * 2
 
 
 def test_a_finished_run_is_read_and_not_repeated(Run=Run):
@@ -384,6 +493,15 @@ PLANTED = {
     },
     "Run": {
         "random numbers forgotten": _run(('torch.set_rng_state(tensors["random/cpu"])', "pass")),
+        "generator forgotten": _run(('self.generator.set_state(tensors["random/generator"])', "pass")),
+        "generator not saved": _run(
+            ('tensors["random/generator"] = self.generator.get_state()', "pass"),
+            ('self.generator.set_state(tensors["random/generator"])', "pass"),
+        ),
+        "the global state for the generator": _run(
+            ('self.generator.set_state(tensors["random/generator"])', 'self.generator.set_state(tensors["random/cpu"])')
+        ),
+        "the last metric shown": _run(("next(iter(self.history[-1].items()))", "list(self.history[-1].items())[-1]")),
         "optimiser forgotten": _run(('optimizer.load_state_dict(optimizer.state_dict() | {"state": state})', "pass")),
         "first optimiser only": _run(("enumerate(self.optimizers)", "enumerate(self.optimizers[:1])")),
         "optimisers crossed": _run(
@@ -411,6 +529,30 @@ PLANTED = {
                 "tensors, description = load_checkpoint(path)",
                 "try: tensors, description = load_checkpoint(path)\n        except ValueError: return",
             )
+        ),
+    },
+    "require_finite": {
+        "nan only": edited(require_finite, ("if not torch.isfinite(x).all()", "if x.isnan().any()")),
+        "inf only": edited(require_finite, ("if not torch.isfinite(x).all()", "if x.isinf().any()")),
+        "never": lambda quantity, x, step: None,
+        "always": edited(require_finite, ("if not torch.isfinite(x).all()", "if True")),
+        "ValueError": edited(require_finite, ("raise FloatingPointError", "raise ValueError")),
+        "all, not any": edited(require_finite, ("if not torch.isfinite(x).all()", "if not torch.isfinite(x).any()")),
+        "forgets the step": edited(require_finite, ("step {step}: ", "")),
+    },
+    "update": {
+        "gradients pile up": edited(update, ("    model.zero_grad()\n", "")),
+        "not clipped": edited(update, ("parameters(), max_norm)", "parameters(), torch.inf)")),
+        "norm after clipping": lambda *a: update(*a).clamp(max=a[-1]),
+        "rate not set": edited(update, ('group["lr"] = lr * group.get("lr_scale", 1.0)', "pass")),
+        "scale forgotten": edited(update, (' * group.get("lr_scale", 1.0)', "")),
+        "first optimiser only": edited(update, ("in optimizers:", "in optimizers[:1]:")),
+        "gradient not checked": edited(update, ('    require_finite("gradient norm", norm, step)\n', "")),
+        "loss not checked": edited(update, ('    require_finite("loss", loss.detach(), step)\n', "")),
+        "checked too late": edited(
+            update,
+            ('    require_finite("gradient norm", norm, step)\n', ""),
+            ("    return norm", '    require_finite("gradient norm", norm, step)\n    return norm'),
         ),
     },
 }
