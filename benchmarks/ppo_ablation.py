@@ -20,21 +20,20 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import shipped
 import torch
+from shipped import rounded
 from torch import nn
 
-OUT = Path(__file__).resolve().parents[1] / "chapters" / "data" / "ch04_ablation.json"
+OUT = shipped.DATA / "ch04_ablation.json"
 NO_EFFECT = "no measurable effect"
 
 
@@ -190,23 +189,10 @@ def compare(world: World, seeds: int, save: Callable[[dict[str, Any]], None]) ->
         save(out | {"cpu_s": round(time.process_time() - start), "verdicts": verdicts, "runs": runs})
 
 
-def rounded(x: Any) -> Any:
-    """Numbers with five significant digits, at any depth."""
-    if isinstance(x, dict):
-        return {name: rounded(value) for name, value in x.items()}
-    if isinstance(x, list):
-        return [rounded(value) for value in x]
-    return float(f"{x:.5g}") if isinstance(x, float) and math.isfinite(x) else x
-
-
 def write(world: str, part: dict[str, Any], date: str) -> None:
     """One world's part of the file; the other parts stay."""
-    out = json.loads(OUT.read_text()) if OUT.exists() else {}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    head = {"command": f"python benchmarks/ppo_ablation.py --world {world} --write", "date": date, "versions": versions}
-    head["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-    out[world] = head | rounded(part)
-    OUT.write_text(json.dumps(out, separators=(",", ":")).replace('{"seed"', '\n{"seed"') + "\n")
+    command = f"python benchmarks/ppo_ablation.py --world {world} --write"
+    shipped.write(OUT, shipped.read(OUT) | {world: shipped.provenance(command, date) | rounded(part)})
 
 
 def main() -> None:

@@ -16,18 +16,17 @@ import argparse
 import copy
 import datetime
 import functools
-import json
 import math
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import shipped
 import torch
+from shipped import DATA, rounded
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
@@ -39,7 +38,6 @@ from rlhfkit.reviews import Annotators, decode_responses, encode_pairs, review_g
 from rlhfkit.tasks import Comparison, Pair
 from rlhfkit.train_preference import score_responses, train_reward_model
 
-DATA = Path(__file__).resolve().parents[1] / "chapters" / "data"
 OUT = DATA / "ch05_reward_curves.json"
 POOL, HELD_OUT, PROMPTS, BEST_OF = 10_000, 1_000, 150, 16
 BATCH, LR = 32, 3e-4
@@ -339,15 +337,6 @@ def score_unpadded(model: ScalarModel, prompts: Tensor, responses: Tensor) -> Te
         return torch.cat([model.scores(row[row != pad_id][None]) for row in rows]).double()
 
 
-def rounded(x: Any) -> Any:
-    """Numbers with five significant digits, at any depth."""
-    if isinstance(x, dict):
-        return {name: rounded(value) for name, value in x.items()}
-    if isinstance(x, list):
-        return [rounded(value) for value in x]
-    return float(f"{x:.5g}") if isinstance(x, float) and math.isfinite(x) else x
-
-
 PARTS = {
     "sizes": compare_sizes,
     "ensembles": compare_ensembles,
@@ -376,17 +365,14 @@ def main() -> None:
         row = measures(world.gaps(model), p) | {"ceiling": float(torch.maximum(p, 1 - p).mean())}
         print(rounded(row))
         sys.exit(row["accuracy"] < row["ceiling"] - 0.05)
-    out = json.loads(OUT.read_text()) if OUT.exists() else {}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    out |= {"command": "python benchmarks/reward_curves.py --write", "date": arguments.date, "versions": versions}
-    out |= {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "seeds": arguments.seeds}
+    out = shipped.read(OUT) | shipped.provenance("python benchmarks/reward_curves.py --write", arguments.date)
+    out["seeds"] = arguments.seeds
     out["settings"] = {"lr": LR, "batch_size": BATCH, "pool": POOL, "held_out": HELD_OUT, "prompts": PROMPTS}
     for part in arguments.part or PARTS:
         start = time.process_time()
         out[part] = rounded(PARTS[part](world, arguments.seeds))
         out[part]["cpu_s"] = round(time.process_time() - start)
-        OUT.write_text(json.dumps(out, separators=(",", ":")).replace('{"seed"', '\n{"seed"') + "\n")
-    print(f"{OUT.stat().st_size / 1e3:.0f} kB")
+        shipped.write(OUT, out)
 
 
 if __name__ == "__main__":

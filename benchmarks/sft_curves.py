@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
-import platform
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import shipped
 import torch
 from torch import Tensor
 
@@ -36,7 +35,7 @@ from make_models import HELD_OUT, LOOP, SFT, SIZES, draw_reviews, new_model  # n
 STEPS = (25, 50, 75, 100, 150, *range(200, SFT["steps"] + 1, 100))
 ON_THE_WAY = 1_000  # held-out reviews
 MEDIAN, WORST = 0.02, 0.04
-OUT = ROOT / "chapters" / "data" / "ch01_sft_curves.json"
+OUT = shipped.DATA / "ch01_sft_curves.json"
 
 
 def kinds(grammar: ReviewGrammar, prompts: Tensor, reviews: Tensor) -> dict[str, Tensor]:
@@ -102,11 +101,8 @@ def main() -> None:
     if arguments.write:
         grammar = review_grammar()
         held_out = draw_reviews(HELD_OUT)
-        out = {
-            "command": f"python benchmarks/sft_curves.py --write --seeds {arguments.seeds}",
-            "date": arguments.date,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        command = f"python benchmarks/sft_curves.py --write --seeds {arguments.seeds}"
+        out = shipped.provenance(command, arguments.date) | {
             "seconds": "cpu_s: processor time of the training alone; wall_s: by the clock, measuring included",
             "threads": arguments.threads,
             "recipe": SFT,
@@ -116,9 +112,7 @@ def main() -> None:
             "steps": STEPS,
             "runs": runs,
         }
-        OUT.parent.mkdir(parents=True, exist_ok=True)
-        OUT.write_text(json.dumps(out, separators=(",", ":")).replace('{"seed"', '\n{"seed"') + "\n")
-        print(f"{OUT}: {OUT.stat().st_size / 1e3:.0f} kB")
+        shipped.write(OUT, out)
     sys.exit(median > MEDIAN or worst > WORST)
 
 
