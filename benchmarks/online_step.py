@@ -46,7 +46,8 @@ def kit(part: str, value_model: str = "shared") -> Callable[[], object]:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = GPTConfig(VOCAB, POSITIONS, WIDTH, LAYERS, HEADS, pad_id=0)
+    pad_id = -1 if part == "ppo" else 0  # without an end token nothing is padded
+    config = GPTConfig(VOCAB, POSITIONS, WIDTH, LAYERS, HEADS, pad_id=pad_id)
     policy = GPT(config)
     reference = copy.deepcopy(policy)
     value = ScalarModel(policy if value_model == "shared" else GPT(config), head_std=0.0)

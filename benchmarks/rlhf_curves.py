@@ -30,7 +30,7 @@ from torch import Tensor
 
 from rlhfkit import reviews
 from rlhfkit.collect import ReviewTask, draw_comparisons, draw_prompts, sample_reviews
-from rlhfkit.kl import AdaptiveKLController, sequence_kl
+from rlhfkit.kl import sequence_kl
 from rlhfkit.models import GPT, ScalarModel
 from rlhfkit.ppo import PPOConfig
 from rlhfkit.reviews import Annotators, decode_responses, encode_pairs, gold_scores, review_grammar
@@ -42,7 +42,7 @@ from rlhfkit.train_preference import response_nll, score_responses, train_reward
 OUT = DATA / "ch06_rlhf.json"
 BETA, STEPS, PROMPTS, EVERY = 0.1, 60, 128, 4
 CONFIG = PPOConfig(lr=2e-4, num_ppo_epochs=4, num_mini_batches=2, vf_coef=0.1, cliprange_value=None)
-HELD_OUT, PTX_COEF, TARGET_KL, SMALL_BETA = 512, 0.5, 4.0, 0.02
+HELD_OUT, PTX_COEF, SMALL_BETA = 512, 0.5, 0.02
 SECOND_ROUND = {"pairs": 16_000, "new_pairs": 8_000, "steps": 750, "lr": 1e-3, "batch_size": 32}
 
 
@@ -150,12 +150,6 @@ def second_round(world: World) -> ScalarModel:
     return model
 
 
-def adaptive(world: World, seed: int) -> dict[str, Any]:
-    """The run with a controller that moves the weight of the KL penalty towards a target."""
-    controller = AdaptiveKLController(0.02, TARGET_KL, 2_000)
-    return train(world, seed, kl_controller=controller) | {"kl_coef": controller.kl_coef}
-
-
 PARTS: dict[str, Callable[[World, int], dict[str, Any]]] = {
     "main": train,  # reward and KL penalty
     "hacked": lambda world, seed: train(world, seed, beta=0.0),  # reward alone
@@ -164,8 +158,6 @@ PARTS: dict[str, Callable[[World, int], dict[str, Any]]] = {
     "no_reward": lambda world, seed: train(world, seed, judge=no_reward),
     "small_kl": lambda world, seed: train(world, seed, SMALL_BETA),
     "better_reward": lambda world, seed: train(world, seed, SMALL_BETA, reward=second_round(world)),
-    "better_hacked": lambda world, seed: train(world, seed, 0.0, reward=second_round(world)),
-    "adaptive": adaptive,
 }
 
 
@@ -191,7 +183,7 @@ def main() -> None:
         out = shipped.read(OUT) | shipped.provenance("python benchmarks/rlhf_curves.py --write", arguments.date)
         out["seeds"] = arguments.seeds
         settings = {"beta": BETA, "steps": STEPS, "prompts": PROMPTS, "held_out": HELD_OUT, "ptx_coef": PTX_COEF}
-        settings |= {"target_kl": TARGET_KL, "small_beta": SMALL_BETA, "lr": CONFIG.lr, "epochs": CONFIG.num_ppo_epochs}
+        settings |= {"small_beta": SMALL_BETA, "lr": CONFIG.lr, "epochs": CONFIG.num_ppo_epochs}
         out["settings"] = settings | {"minibatches": CONFIG.num_mini_batches, "second_round": SECOND_ROUND}
         out["grammar_nll"] = rounded(world.grammar_nll, 4)
         out[part] = {"cpu_s": seconds, "runs": runs}
