@@ -29,7 +29,7 @@ from rlhfkit.homework.core import Question
 
 
 def rlhf_gradient(logits, ref_logprobs, scores, beta):  # type: ignore[no-untyped-def]
-    """Gradient in the logits of the mean over prompts of E[score] - beta KL(pi || ref). (P, N) three times -> (P, N)."""
+    """Gradient in the logits of the mean over prompts of E[score] - beta KL(pi || ref). three (P, N) -> (P, N)."""
     logprobs = logits.log_softmax(-1)
     probs = logprobs.exp()
     weights = scores - beta * (logprobs - ref_logprobs)
@@ -678,7 +678,7 @@ ol.right("numpy integers", np.array([2, 3, 6]))
 
 
 def token_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef):  # type: ignore[no-untyped-def]
-    """-kl_coef (log pi - log ref) on every token, plus the score on the last one. (B,), (B, T) three times -> (B, T)."""
+    """-kl_coef (log pi - log ref) on every token, plus the score on the last one. (B,), three (B, T) -> (B, T)."""
     penalties = -kl_coef * (logprobs - ref_logprobs)
     rewards = torch.where(response_mask, penalties, torch.zeros_like(penalties)).detach()
     positions = torch.arange(1, logprobs.shape[1] + 1, device=logprobs.device)
@@ -1509,7 +1509,7 @@ rb.right("float64, log of the product", lambda pi, ref, b, z: b * (pi.double() *
 
 
 def zero_derivatives(ref, scores, beta):  # type: ignore[no-untyped-def]
-    """(weights with all partial derivatives 0, a policy with logit slope 0 below the optimum). (N,), (N,) -> two (N,)."""
+    """(weights with all partial derivatives 0, a policy with logit slope 0 below the optimum). two (N,) -> two (N,)."""
     weights = ref * torch.exp(scores / beta - 1)
     policy = torch.zeros_like(ref)
     policy[0] = 1.0
