@@ -27,7 +27,8 @@ def _generator_on(device: torch.device, source: torch.Generator) -> torch.Genera
     """The source itself if it is of this kind of device, else a generator there, seeded from it."""
     if source.device.type == device.type:
         return source
-    return torch.Generator(device).manual_seed(int(torch.randint(2**62, (1,), generator=source)))
+    seed = int(torch.randint(2**62, (1,), generator=source, device=source.device))
+    return torch.Generator(device).manual_seed(seed)
 
 
 def sample_reviews(
@@ -87,11 +88,8 @@ class ReviewTask:
 
     def draw_prompts(self, generator: torch.Generator) -> Tensor:
         """P prompts, (P, L0), padded on the left, on the device of the reference."""
-        device = device_of(self.ref)
-        if generator.device.type == "cpu":
-            return draw_prompts(self.num_prompts, generator).to(device)
-        seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-        return draw_prompts(self.num_prompts, torch.Generator().manual_seed(seed)).to(device)
+        generator = _generator_on(torch.device("cpu"), generator)
+        return draw_prompts(self.num_prompts, generator).to(device_of(self.ref))
 
     def score(self, rollout: Rollout) -> Tensor:
         """What the judge says, (B,), reward units, on the device of the rollout."""

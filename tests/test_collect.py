@@ -263,7 +263,7 @@ PLANTED = {
             ("draw_prompts(self.num_prompts, generator).to", "draw_prompts(64, generator).to")
         ),
         "prompts stay on the processor": _task(
-            ("self.num_prompts, generator).to(device)", "self.num_prompts, generator)")
+            ("self.num_prompts, generator).to(device_of(self.ref))", "self.num_prompts, generator)")
         ),
         "scores stay where the judge is": _task(
             ("self.judge(rollout).to(rollout.tokens.device)", "self.judge(rollout)")
