@@ -7,6 +7,7 @@ the number of responses, listed once for all prompts; log-probabilities are of w
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -163,6 +164,72 @@ def best_of_n(ref_logprobs: Tensor, scores: Tensor, n: int) -> Tensor:
     # (F^n - G^n)/(F - G) = sum_k F^(n-1-k) G^k: no cancellation, and right where F = G because ref rounds to 0
     powers = sum((at_most ** (n - 1 - k) * below**k for k in range(n)), start=torch.zeros_like(below))
     return ref_logprobs + powers.log()
+
+
+def frontier(
+    ref_logprobs: Tensor, scores: Tensor, betas: Sequence[float], gold_scores: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The best policies at every price of divergence: their KL from the reference, and their expected score.
+
+    For each beta, pi_beta ~ ref exp(scores / beta). No policy has a higher expected score at the same KL.
+
+    Args:
+        ref_logprobs: of all N responses under the reference, (P, N), nats.
+        scores: what the policies are optimal for, (P, N), reward units.
+        betas: K prices, reward units per nat, positive.
+        gold_scores: what they are judged by, (P, N); None: ``scores``. With other scores the curve is no frontier but
+            the path of a policy that optimises a proxy.
+
+    Returns:
+        (kl, expected), (K, P) each: nats, and reward units.
+
+    Raises:
+        ValueError: if the shapes differ, or a beta is not positive.
+    """
+    judged_by = scores if gold_scores is None else gold_scores
+    _same_shape(ref_logprobs=ref_logprobs, scores=scores, gold_scores=judged_by)
+    best = [optimal_logprobs(ref_logprobs, scores, beta) for beta in betas]
+    expected = [(logprobs.exp() * judged_by).sum(-1) for logprobs in best]
+    return torch.stack([kl(logprobs, ref_logprobs) for logprobs in best]), torch.stack(expected)
+
+
+def preference_probabilities(scores: Tensor) -> Tensor:
+    """Bradley-Terry probability that response i is preferred to response j: sigmoid(s_i - s_j).
+
+    Args:
+        scores: (P, N), reward units, one unit of which is one nat of preference.
+
+    Returns:
+        (P, N, N), one half on the diagonal; entries (i, j) and (j, i) sum to 1.
+    """
+    return torch.sigmoid(scores.unsqueeze(-1) - scores.unsqueeze(-2))
+
+
+def population_dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, beta: float) -> Tensor:
+    """DPO's loss with infinitely many labels: the mean over all N^2 ordered pairs (i, j), i = j included.
+
+    sum_ij p_ij (-log sigmoid(beta h_ij)) / N^2, with p_ij = sigmoid(s_i - s_j) the probability that i was chosen over
+    j, and h_ij = log(pi/ref)(i) - log(pi/ref)(j). Each unordered pair stands twice in the sum, once for either outcome.
+    Differentiable in ``logprobs``.
+
+    Args:
+        logprobs: of all N responses under pi, (P, N), nats, finite.
+        ref_logprobs: under the reference, (P, N), nats, finite.
+        scores: (P, N), reward units.
+        beta: reward units per nat, positive.
+
+    Returns:
+        (P,), nats; least at the policy that maximises E[score] - beta KL.
+
+    Raises:
+        ValueError: if the shapes differ, or ``beta`` is not positive.
+    """
+    _same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, scores=scores)
+    _positive_beta(beta)
+    log_ratio = logprobs - ref_logprobs
+    margins = beta * (log_ratio.unsqueeze(-1) - log_ratio.unsqueeze(-2))
+    losses = -torch.nn.functional.logsigmoid(margins)
+    return (preference_probabilities(scores) * losses).mean((-2, -1))
 
 
 def estimator_moments(logprobs: Tensor, estimates: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Kullback-Leibler divergence: three estimators from samples, the exact value, and its use as a reward. In nats."""
+"""Kullback-Leibler divergence: estimators from samples, the exact value, its use as a loss and as a reward. In nats."""
 
 from __future__ import annotations
 
@@ -90,6 +90,126 @@ def categorical_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     # where p is positive but rounds to 0, 0 * inf would hide the missing support as nan
     terms = torch.where(log_ratio == torch.inf, log_ratio, logprobs.exp() * log_ratio)
     return terms.sum(-1)
+
+
+def full_vocabulary_kl(logits: Tensor, ref_logits: Tensor, response_mask: Tensor) -> Tensor:
+    """Estimate of the KL of whole responses: the exact KL of the next token at every prefix visited, summed.
+
+    sum_t KL(pi(. | x, y_<t) || ref(. | x, y_<t)) along a response y of pi. Its mean under pi is KL(pi || ref), as that
+    of k1 is, with the randomness of the next token averaged out at every prefix (Rao-Blackwell).
+
+    Args:
+        logits: of pi where each token was chosen, (B, T, V).
+        ref_logits: of the reference, (B, T, V).
+        response_mask: (B, T), bool, True on the response's tokens.
+
+    Returns:
+        (B,), nats, never negative. As a loss it has the gradient of the next token's KL alone: what an early token does
+        to later prefixes is missing.
+
+    Raises:
+        ValueError: if shapes or dtypes are wrong.
+
+    Source: Amini et al. 2025, arXiv:2504.10637.
+    """
+    require_ndim("logits", logits, "(B, T, V)")
+    require_same_shape(logits=logits, ref_logits=ref_logits)
+    require_mask("response_mask", response_mask, logits.shape[:2])
+    return masked_sum(categorical_kl(logits, ref_logits), response_mask, dim=1)
+
+
+def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
+    """The value of one tensor with the gradient of another: value + surrogate - surrogate, the last one detached.
+
+    With ``kl_k3`` as value and ``kl_k2`` as surrogate a loss reports an unbiased KL and descends along its gradient.
+
+    Args:
+        value: what the result equals; its own gradient is cut off. Any shape.
+        surrogate: what the result is differentiated as, same shape, finite.
+
+    Returns:
+        Same shape.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Source: Bengio et al. 2013, arXiv:1308.3432, for the device; verl's ``k3+`` and ``low_var_kl+`` for its use here.
+    """
+    require_same_shape(value=value, surrogate=surrogate)
+    return value.detach() + (surrogate - surrogate.detach())
+
+
+def kl_reward_to_go_loss(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """Token losses with the gradient of the KL of whole responses: log pi_t times the k1 of this and all later tokens.
+
+    Summed over the tokens of responses of pi and averaged, the gradient is that of KL(pi || ref), with what early
+    tokens do to later ones. It is the policy gradient of the KL penalty in the reward, with reward-to-go.
+
+    Args:
+        logprobs: of the sampled tokens under pi, (B, T), nats.
+        ref_logprobs: under the reference, (B, T), nats; treated as constant.
+        response_mask: (B, T), bool.
+
+    Returns:
+        (B, T), 0 outside the mask. The value means nothing; only the gradient does.
+
+    Raises:
+        ValueError: if shapes or dtypes are wrong.
+
+    Source: Tang and Munos 2025, arXiv:2506.09477.
+    """
+    require_ndim("logprobs", logprobs, "(B, T)")
+    log_ratio = kl_k1(logprobs, ref_logprobs).detach()
+    require_mask("response_mask", response_mask, log_ratio.shape)
+    zero = torch.zeros_like(log_ratio)
+    to_go = torch.where(response_mask, log_ratio, zero).flip(1).cumsum(1).flip(1)
+    return torch.where(response_mask, logprobs * to_go, zero)
+
+
+def off_policy_k2(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k2 for samples of an older policy, as a loss: its expected gradient is that of KL(pi || ref).
+
+    (pi/old) (log pi - log ref)^2 / 2, with the importance ratio pi/old constant.
+
+    Args:
+        logprobs: of the samples under the policy being trained, nats. Any shape.
+        old_logprobs: under the policy that sampled them; treated as constant.
+        ref_logprobs: under the reference; treated as constant.
+
+    Returns:
+        Same shape. A loss: its mean is not the KL.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Source: Tang and Munos 2025, arXiv:2506.09477; Liu et al. 2025, arXiv:2510.01555.
+    """
+    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+    ratio = torch.exp(logprobs - old_logprobs).detach()
+    return ratio * kl_k2(logprobs, ref_logprobs.detach())
+
+
+def off_policy_k3(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k3 for samples of an older policy: mean and expected gradient are those of KL(pi || ref).
+
+    (pi/old) k3, with the importance ratio pi/old *differentiated*: with a constant ratio the gradient is wrong.
+
+    Args:
+        logprobs: of the samples under the policy being trained, nats. Any shape.
+        old_logprobs: under the policy that sampled them, which must cover the support of pi and of ref; constant.
+        ref_logprobs: under the reference; treated as constant.
+
+    Returns:
+        Same shape, nats.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Source: TRL 1.16's ``use_bias_correction_kl``; Liu et al. 2025, arXiv:2510.01555.
+    """
+    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+    ratio = torch.exp(logprobs - old_logprobs.detach())
+    return ratio * kl_k3(logprobs, ref_logprobs.detach())
 
 
 def kl_shaped_rewards(
