@@ -5,8 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhfkit.kl_controller import AdaptiveKLController
 from rlhfkit.masked import masked_sum
 from rlhfkit.validation import require_float, require_in, require_mask, require_ndim, require_same_shape
+
+__all__ = [
+    "AdaptiveKLController",
+    "categorical_kl",
+    "full_vocabulary_kl",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "kl_reward_to_go_loss",
+    "kl_shaped_rewards",
+    "off_policy_k2",
+    "off_policy_k3",
+    "sequence_kl",
+    "straight_through",
+]
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -96,7 +112,9 @@ def full_vocabulary_kl(logits: Tensor, ref_logits: Tensor, response_mask: Tensor
     """Estimate of the KL of whole responses: the exact KL of the next token at every prefix visited, summed.
 
     sum_t KL(pi(. | x, y_<t) || ref(. | x, y_<t)) along a response y of pi. Its mean under pi is KL(pi || ref), as that
-    of k1 is, with the randomness of the next token averaged out at every prefix (Rao-Blackwell).
+    of k1 is, with the randomness of the next token averaged out at every prefix (Rao-Blackwell, term by term). The
+    variance is usually far lower. It need not be: where a token's k1 makes up for what later prefixes will cost, the
+    sum of k1 can be constant while this estimate is not.
 
     Args:
         logits: of pi where each token was chosen, (B, T, V).
@@ -250,45 +268,6 @@ def kl_shaped_rewards(
     last = (response_mask * torch.arange(1, length + 1, device=logprobs.device)).argmax(1)
     rewards[torch.arange(batch, device=logprobs.device), last] += scores.detach().to(rewards.dtype)
     return rewards
-
-
-class AdaptiveKLController:
-    """Moves ``kl_coef`` so that the measured KL approaches a target.
-
-    kl_coef <- kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n_steps / horizon).
-
-    Args:
-        init_kl_coef: first value of the coefficient, reward units per nat, positive.
-        target: KL wanted, nats per sequence, positive.
-        horizon: number of sequences over which a full error of 0.2 acts, positive.
-
-    Raises:
-        ValueError: if an argument is not positive.
-
-    Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
-    """
-
-    def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
-        require_in("init_kl_coef", init_kl_coef, 0.0, open_low=True)
-        require_in("target", target, 0.0, open_low=True)
-        require_in("horizon", horizon, 0.0, open_low=True)
-        self.kl_coef, self.target, self.horizon = float(init_kl_coef), float(target), float(horizon)
-
-    def update(self, kl: float, n_steps: int) -> None:
-        """Take one step of the rule above.
-
-        Args:
-            kl: measured mean KL, nats per sequence. (An estimate may be negative.)
-            n_steps: number of sequences it was measured on, not negative.
-
-        Raises:
-            ValueError: if ``kl`` is NaN or ``n_steps`` is negative.
-        """
-        if kl != kl:
-            raise ValueError("kl: got nan, expected a number of nats")
-        require_in("n_steps", n_steps, 0)
-        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
-        self.kl_coef *= 1.0 + error * n_steps / self.horizon
 
 
 def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ steps it would have taken.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,20 @@ from tqdm.auto import tqdm
 from rlhfkit.checkpoints import load_checkpoint, save_checkpoint
 
 POOL = 16  # batches whose rows are sorted by length together
+BETAS = (0.9, 0.95)
+OnStep = Callable[[int, dict[str, float]], None]
+
+
+def bf16_autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[None]:
+    """Matrix products in bfloat16 if asked for; losses and log-probabilities stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def decayed(named: Iterable[tuple[str, Tensor]], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for AdamW: decay on matrices, none on vectors."""
+    parameters = [p for _, p in named]
+    matrices, vectors = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def join_right_padded(prompts: Tensor, responses: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:

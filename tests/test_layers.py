@@ -9,8 +9,9 @@ import pytest
 import rlhfkit
 
 PACKAGE = Path(rlhfkit.__file__).parent
-MATHS = {"logprobs", "kl", "advantages", "policy_losses", "preference_losses"}
-ZERO = MATHS | {"validation", "masked"}
+MATHS = {"logprobs", "kl_controller", "advantages", "policy_losses", "reference_free_losses"}
+OVER = {"kl": {"kl_controller"}, "preference_losses": {"reference_free_losses"}}  # what they take in, and give on
+ZERO = MATHS | OVER.keys() | {"validation", "masked"}
 ONE = {"atomic", "checkpoints", "gpt", "models", "pretrained", "tasks", "tokenizer", "lexicon", "grammar", "reviews"}
 PAGES = {"torch", "numpy", "matplotlib", "PIL", "ipywidgets", "IPython"}
 MAY_IMPORT = {  # module: (modules of ours, packages of others)
@@ -18,6 +19,7 @@ MAY_IMPORT = {  # module: (modules of ours, packages of others)
     "validation": (set(), {"torch"}),
     "masked": ({"validation"}, {"torch"}),
     **{name: ({"validation", "masked"}, {"torch"}) for name in MATHS},
+    **{name: ({"validation", "masked"} | below, {"torch"}) for name, below in OVER.items()},
     "exact": (set(), {"torch"}),
     "atomic": (set(), set()),
     "checkpoints": ({"atomic"}, {"torch", "safetensors"}),
@@ -39,7 +41,8 @@ MAY_IMPORT = {  # module: (modules of ours, packages of others)
     "training": (ZERO | ONE | {"sampling"}, {"torch", "tqdm"}),
     "ppo": (ZERO, {"torch"}),
     "train_policy": (ZERO | ONE | {"sampling", "training", "ppo"}, {"torch"}),
-    "train_preference": (ZERO | ONE | {"sampling", "training"}, {"torch"}),
+    "train_sft": (ZERO | ONE | {"sampling", "training"}, {"torch"}),
+    "train_preference": (ZERO | ONE | {"sampling", "training", "train_sft"}, {"torch"}),
     "control": (ZERO | ONE, {"torch", "gymnasium"}),
     "train_control": (ZERO | ONE | {"control", "training", "ppo"}, {"torch"}),
     "display": (ZERO | ONE | {"exact"}, PAGES),

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MATHS = "validation masked logprobs kl advantages policy_losses preference_losses exact".split()
-LANGUAGE = "tokenizer lexicon grammar reviews collect checkpoints gpt pretrained training train_preference".split()
+MATHS = "validation masked logprobs kl kl_controller advantages policy_losses".split()
+MATHS += ["preference_losses", "reference_free_losses", "exact"]
+LANGUAGE = "tokenizer lexicon grammar reviews collect checkpoints gpt pretrained".split()
+LANGUAGE += ["training", "train_sft", "train_preference"]
 LABELS = "atomic journal label_store label_studio preferences labelling".split()
 MODULES = (*MATHS, *LANGUAGE, *LABELS, "models", "tasks", "sampling", "ppo", "train_policy", "control", "train_control")
 
