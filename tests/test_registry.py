@@ -312,6 +312,36 @@ def test_homework_pages_are_built_and_linked(
     assert "SOLUTION" not in solved and "HIDDEN" not in solved
 
 
+def test_a_wrong_claim_leads_to_its_box_where_the_chapter_has_one(
+    site: Callable[[], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = importlib.import_module("rlhfkit.homework.bank.wrong_claims")
+    claims = {f"W-BL-{i}": bank.WrongClaim(f"Claim {i}.", "It is not.", 3) for i in (1, 2, 3)}
+    monkeypatch.setattr(bank, "WRONG_CLAIMS", claims)
+    boxes = '```{admonition} W-BL-1. "V is best"\n:class: warning\nNo.\n```\n\nIn passing: W-BL-2.\n'
+    answer = ":::{admonition} Answer, and W-BL-3\n:class: dropdown\nNo.\n:::\n"
+    write(tmp_path / "src" / "chapters" / "03_x.ipynb", words("# Three"), words(boxes), words(answer))
+    (tmp_path / "src" / "pages").mkdir()
+    (tmp_path / "src" / "pages" / "wrong-claims.md").write_text("# Wrong\n\n```{wrong-claims}\n```\n")
+    out = site()
+    table = (out / "pages" / "wrong-claims.html").read_text()
+    chapter = (out / "chapters" / "03_x.html").read_text()
+    for key in ("w-bl-1", "w-bl-3"):
+        assert f'href="../chapters/03_x.html#{key}"' in table and f'id="{key}"' in chapter
+    assert 'href="../chapters/03_x.html"' in table and 'id="w-bl-2"' not in chapter  # no box: the page itself
+
+
+def test_every_wrong_claim_is_named_on_the_page_of_its_chapter_and_no_other_is() -> None:
+    """That a question rejects it too is proven with the homework."""
+    bank = importlib.import_module("rlhfkit.homework.bank.wrong_claims")
+    for path in NOTEBOOKS[1:]:
+        cells = registry.read_notebook(path)["cells"]
+        text = " ".join(registry.cell_text(cell) for cell in cells if cell["cell_type"] == "markdown")
+        named = set(registry.CLAIM_ID.findall(text))
+        assert named <= set(bank.WRONG_CLAIMS)
+        assert named >= {key for key, value in bank.WRONG_CLAIMS.items() if value.chapter == int(path.stem[:2])}, path
+
+
 def test_a_wrong_claim_needs_an_id_and_both_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = importlib.import_module("rlhfkit.homework.bank.wrong_claims")
     assert set(registry.wrong_claims()) == set(bank.WRONG_CLAIMS)

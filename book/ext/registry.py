@@ -322,10 +322,38 @@ def wrong_claims() -> dict[str, Any]:
     return found
 
 
+def chapter_page(env: BuildEnvironment, number: int, start: str = "chapters/") -> str | None:
+    """The document name of the chapter (or homework) with this number, or None."""
+    pages = sorted(docname for docname in env.found_docs if re.match(rf"{start}0*{number}_", docname))
+    return pages[0] if pages else None
+
+
 def chapter_link(env: BuildEnvironment, number: int, word: str = "chapter", start: str = "chapters/") -> nodes.Node:
     """A link to the chapter (or homework) with this number, or plain words as long as there is no such page."""
-    pages = sorted(docname for docname in env.found_docs if re.match(rf"{start}0*{number}_", docname))
-    return link(f"{word} {number}", pages[0]) if pages else nodes.Text(f"{word} {number}")
+    page = chapter_page(env, number, start)
+    return link(f"{word} {number}", page) if page else nodes.Text(f"{word} {number}")
+
+
+CLAIM_ID = re.compile(r"\bW-[A-Z]+-\d+\b")
+
+
+def boxed_claims(path: Path) -> set[str]:
+    """Ids of the wrong claims that have a box of their own in a notebook: an admonition with the id in its title."""
+    titles = []
+    for cell in read_notebook(path)["cells"]:
+        if cell["cell_type"] == "markdown":
+            titles += re.findall(r"^(?:```+|:::+)\s*\{admonition\}(.*)$", cell_text(cell), flags=re.MULTILINE)
+    return set(CLAIM_ID.findall(" ".join(titles)))
+
+
+def name_boxes(app: Sphinx, doctree: nodes.document) -> None:
+    """Give every box about wrong claims anchors, ``w-pg-1`` for W-PG-1, so that the list of them can lead there."""
+    for box in doctree.findall(nodes.admonition):
+        title = next(iter(box.findall(nodes.title)), None)
+        for key in CLAIM_ID.findall(title.astext()) if title is not None else ():
+            if key.lower() not in doctree.ids:
+                box["ids"].append(key.lower())
+                doctree.ids[key.lower()] = box
 
 
 class WrongClaims(SphinxDirective):
@@ -335,7 +363,7 @@ class WrongClaims(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Make the table, with links to the questions whose planted mistakes come from each claim."""
-        for path in homework_files():
+        for path in [*homework_files(), *(str(path) for _, path in notebook_pages(self.env))]:
             self.env.note_dependency(path)
         importlib.import_module("rlhfkit.homework")  # registers the questions
         page = self.options.get("kill-matrix", "pages/kill-matrix")
@@ -345,7 +373,13 @@ class WrongClaims(SphinxDirective):
                 questions.setdefault(source, []).append(question.id)
         rows, ids = [], []
         for key, value in wrong_claims().items():
-            where = paragraph(chapter_link(self.env, value.chapter))
+            chapter = chapter_page(self.env, value.chapter)
+            boxed = chapter and key in boxed_claims(Path(self.env.doc2path(chapter)))
+            where = paragraph(
+                link(f"chapter {value.chapter}", chapter, key.lower())
+                if chapter and boxed
+                else chapter_link(self.env, value.chapter)
+            )
             for position, question in enumerate(questions.get(key, [])):
                 where += [nodes.Text(", " if position else "; "), link(question, page, f"q-{question}")]
             rows.append([paragraph(nodes.strong("", key, classes=["text-nowrap"])), value.claim, value.verdict, where])
@@ -490,5 +524,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("kill-matrix", KillMatrix)
     app.add_directive("wrong-claims", WrongClaims)
     app.add_directive("homework-solutions", HomeworkSolutions)
+    app.connect("doctree-read", name_boxes)
     app.connect("doctree-resolved", resolve_links)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

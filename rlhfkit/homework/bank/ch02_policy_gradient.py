@@ -375,13 +375,14 @@ df.wrong(
     "later-actions",
     "terms 4 and 6 are the policy's: a later action still contains the parameters",
     {1, 3, 5, 4, 6},
+    "W-PG-12",
 )
 df.wrong(
     "transitions-for-actions",
     "you kept the transitions and dropped the later actions: only the actions contain the parameters",
     {1, 4, 6},
 )
-df.wrong("past", "terms of the past are not constants: only the environment's are", {1, 2, 3})
+df.wrong("past", "terms of the past are not constants: only the environment's are", {1, 2, 3}, "W-PG-11")
 df.right("a tuple", (1, 3, 5))
 df.right("a range", range(1, 6, 2))
 
@@ -521,10 +522,10 @@ rg.wrong("first-mask-for-all", "the mask of the first episode is used for all of
 rg.wrong("not-reset", "the sum carried back goes on from one episode to the next: start at 0 in each", _to_go_not_reset)
 rg.wrong("in-place", "you changed the rewards of the caller: work on a copy", _to_go_in_place)
 rg.wrong("summed-twice", "you summed the sums: late rewards are counted several times", _to_go_twice, "W-PG-8")
+rg.wrong("no-discount", "gamma is ignored", _to_go(discount=False), "W-PG-13")
 for _name, _says, _options in [
     ("whole-return", "every step got the return of the whole episode; the past must drop out", {"whole": True}),
     ("later-only", "the reward of the step itself is missing", {"own": False}),
-    ("no-discount", "gamma is ignored", {"discount": False}),
     ("discount-from-start", "you discounted from step 0; in G_t the reward r_t has weight 1", {"from_start": True}),
     ("from-the-past", "you summed from the start up to t; G_t sums from t to the end", {"direction": 1}),
     ("mask-ignored", "the mask is ignored, so padding is rewarded", {"use_mask": False}),

@@ -223,7 +223,7 @@ of.plant(
         "detached",
         "the weight is detached: the value is right, but no gradient reaches the policy",
         lambda n, o, s, m: importance_estimate(n.detach(), o, s, m),
-        "common",
+        "W-PPO-8",
     ),
     (
         "mean-of-ratios",
@@ -875,7 +875,7 @@ pc.plant(
         "detached",
         "the ratio is detached: the value is right, but no gradient reaches the policy",
         lambda n, o, a, cliprange=0.2: clipped_policy_loss(n.detach(), o, a, cliprange),
-        "common",
+        "W-PPO-8",
     ),
     ("old-with-gradient", "old_logprobs must be detached: they belong to the sampler", _old_with_gradient, "common"),
     (

@@ -122,6 +122,23 @@ WRONG_CLAIMS: dict[str, WrongClaim] = {
         "log(R π) = log R + log π: the reward drops out of the gradient. It must multiply the log-probability.",
         2,
     ),
+    "W-PG-11": WrongClaim(
+        "The probability of a trajectory is a product because its steps are independent.",
+        "Each step is conditioned on the state, which the steps before it made. The product is the chain rule; given the state, the past "
+        "adds nothing.",
+        2,
+    ),
+    "W-PG-12": WrongClaim(
+        "The environment drops out of the gradient because nobody can differentiate it, and so does what comes after the first action.",
+        "The start and the transitions drop out because they do not contain the parameters: the gradient of their logarithms is 0, known or "
+        "not. Every later action of the policy contains them and stays.",
+        2,
+    ),
+    "W-PG-13": WrongClaim(
+        "The return is a discounted infinite sum, and the discount may be left out of the formulas that follow.",
+        "Without γ a formula is that of another objective, γ = 1, which needs episodes that end. With γ < 1 every later reward carries its power of γ.",
+        2,
+    ),
     "W-BL-1": WrongClaim(
         "Subtracting any baseline leaves the expected gradient as it was.",
         "Only if the baseline does not depend on the response: b = r makes the gradient 0, b = r/2 halves it.",
@@ -217,6 +234,12 @@ WRONG_CLAIMS: dict[str, WrongClaim] = {
         "probability. What it never writes is missing from the mean, and no weight brings it back.",
         4,
     ),
+    "W-PPO-8": WrongClaim(
+        "A loss whose value is right trains the policy.",
+        "Training reads the gradient alone. With the ratio detached the value is right to the last digit and nothing is learned; a test of values "
+        "passes it.",
+        4,
+    ),
     "W-RM-1": WrongClaim(
         "The loss of a reward model pulls the difference of the two scores towards 0.",
         "The loss falls for every larger difference: the push fades, with slope −σ(−Δ), and never turns round.",
@@ -299,5 +322,176 @@ WRONG_CLAIMS: dict[str, WrongClaim] = {
         "Without a multiplier the point does not sum to 1, and a derivative of 0 is only a candidate: in the logits it "
         "is 0 at every policy that always gives one answer, too. The maximum follows from concavity.",
         6,
+    ),
+    "W-DPO-1": WrongClaim(
+        "With the pair y₂ over y₁ and a uniform reference, π = (0.3, 0.2, 0.5) has π(y₂)/π(y₁) = 3/2 and so a lower DPO loss "
+        "than the reference.",
+        "The ratio of chosen to rejected is 0.2/0.3 = 2/3: the policy prefers the rejected response, and its loss is 0.916, above "
+        "log 2 = 0.693.",
+        7,
+    ),
+    "W-DPO-2": WrongClaim(
+        "The DPO loss is log σ(β × ratio), with the ratio of the two probabilities in the sigmoid.",
+        "It is −log σ(β × log-ratio) = log(1 + ratio^(−β)): with a ratio of 1 it is log 2, and it is never negative.",
+        7,
+    ),
+    "W-DPO-3": WrongClaim(
+        "The policy with π(y₂) = 22/69 and π(y₁) = 2/11 has the same DPO loss as one with ratio 1.75.",
+        "Its ratio is 1.7536 and its probabilities sum to 1.0007. Ratio 1.75 with π(y₁) = 2/11 needs π(y₂) = 7/22.",
+        7,
+    ),
+    "W-DPO-4": WrongClaim(
+        "Policies with equal ratios tie in the DPO loss because only one pair was sampled.",
+        "The loss reads nothing but the log-ratio of each pair, so no number of copies of the pair tells such policies apart: "
+        "what was never compared stays invisible.",
+        7,
+    ),
+    "W-DPO-5": WrongClaim(
+        "The DPO loss can be 0 while the KL divergence is infinite.",
+        "Both hold only as limits. With a reference that gives every response some probability, the loss is positive and KL(π‖π_ref) is at "
+        "most log(1/min π_ref); it grows without bound only as the reference's least probability goes to 0.",
+        7,
+    ),
+    "W-DPO-6": WrongClaim(
+        "DPO maximises E[r_w − r_l] − β KL(π_ref‖π_ref) and trains the reward model.",
+        "KL(π_ref‖π_ref) is 0 and the margin alone is unbounded. DPO minimises −log σ of the margin of implicit rewards, and it "
+        "trains the policy.",
+        7,
+    ),
+    "W-DPO-7": WrongClaim(
+        "The gradient of DPO is an expectation of ∇ log π (r − β(1 + log π − log π_ref)) over the reward's own distribution.",
+        "With samples of the policy that is the gradient of the RL objective. DPO's is −β σ(r̂_l − r̂_w)(∇ log π_w − ∇ log π_l), "
+        "averaged over the pairs of the data.",
+        7,
+    ),
+    "W-DPO-8": WrongClaim(
+        "The gradient of DPO has three terms: reward, entropy, and KL.",
+        "It has one weight, σ(r̂_l − r̂_w), and one difference of score functions.",
+        7,
+    ),
+    "W-DPO-9": WrongClaim(
+        "DPO weighs a pair with σ(A), A the implicit reward margin: well-ordered pairs count most.",
+        "The weight is 1 − σ(A) = σ(−A): 0.953, 0.5 and 0.047 at A = −3, 0, 3. Pairs in the wrong order count most.",
+        7,
+    ),
+    "W-DPO-10": WrongClaim(
+        "Whether the chosen response stands first or second in the Bradley-Terry probability does not matter.",
+        "P(y₂ over y₁) = e^(r₂)/(e^(r₁) + e^(r₂)): with the two exchanged, or the denominator lost, the loss teaches the opposite order, or is "
+        "no probability.",
+        7,
+    ),
+    "W-DPO-11": WrongClaim(
+        "The last line of DPO is −E log[β log(π/π_ref)(y_w) + β log(π/π_ref)(y_l)].",
+        "It is −E log σ[β log(π/π_ref)(y_w) − β log(π/π_ref)(y_l)]: without σ the argument can be negative, and the two implicit "
+        "rewards are subtracted.",
+        7,
+    ),
+    "W-DPO-12": WrongClaim(
+        "−log(σ(x)) may be computed as it is written.",
+        "σ(−900) rounds to 0 and its logarithm is infinite, where the loss is 900 and its slope −1. One function must do both: logsigmoid.",
+        7,
+    ),
+    "W-DPO-13": WrongClaim(
+        "A larger β always keeps the policy nearer to the reference.",
+        "At the optimum it does. After a few steps of gradient descent the order is the reverse, since the step is proportional to β, "
+        "and with Adam it is not.",
+        7,
+    ),
+    "W-DPO-14": WrongClaim(
+        "DPO raises the probability of the chosen responses.",
+        "It raises the difference to the rejected ones. Both can fall, and what they lose goes to responses that nobody compared.",
+        7,
+    ),
+    "W-DPO-15": WrongClaim(
+        "log Z cancels in the DPO loss whatever two responses are compared.",
+        "It cancels because both answer the same prompt. For responses to two prompts log Z(x) − log Z(x′) would remain.",
+        7,
+    ),
+    "W-DPO-16": WrongClaim(
+        "DPO must mask the prompt's tokens, and padding takes care of itself.",
+        "It is the other way round: the prompt's log-probabilities are the same in both responses and cancel; those of padding differ "
+        "with its length and do not.",
+        7,
+    ),
+    "W-KL-1": WrongClaim(
+        "k₂, half the mean squared log-ratio, estimates the KL divergence without bias.",
+        "It is an approximation of second order: for unit Gaussians at distance m its bias is KL m²/4, 0.25 KL at m = 1.",
+        8,
+    ),
+    "W-KL-2": WrongClaim(
+        "k₂ has less variance than k₁ because squaring tames the extremes.",
+        "Squaring makes extremes larger. k₂ gains where the two distributions are close, since the first-order term of mean 0 is gone, and "
+        "is noisier than k₁ beyond m = 1.112.",
+        8,
+    ),
+    "W-KL-3": WrongClaim(
+        "The KL divergence is hard to compute because samples from the policy are hard to get.",
+        "Sampling from the policy is what a rollout does. What is out of reach is the sum over all responses.",
+        8,
+    ),
+    "W-KL-4": WrongClaim(
+        "k₂ is biased by Jensen's inequality, since E[X²] is not (E X)².",
+        "E[X²] − (E X)² is a variance. The bias is E[l²]/2 − E[l], l the log-ratio; m⁴/8 for unit Gaussians at distance m.",
+        8,
+    ),
+    "W-KL-5": WrongClaim(
+        "The mean log-ratio minus λ/2 times its empirical variance over N corrects the bias of the estimate.",
+        "The mean log-ratio has no bias to correct; the correction adds one of −λ(N − 1)/(2N²) Var l.",
+        8,
+    ),
+    "W-KL-6": WrongClaim(
+        "k₃ is unbiased for whatever samples it is given.",
+        "The mean of its ratio must be 1. Where the sampler leaves out part of the reference's support, as top-k does, it is less: 0.023 for a "
+        "divergence of 0.223, while k₁ is right.",
+        8,
+    ),
+    "W-KL-7": WrongClaim(
+        "An unbiased estimator of the KL divergence, used as a loss, has the gradient of the KL divergence.",
+        "On samples held fixed the expected gradient of k₁ is 0, of k₂ that of KL(π‖π_ref), and of k₃ that of KL(π_ref‖π).",
+        8,
+    ),
+    "W-KL-8": WrongClaim(
+        "A KL loss on every token covers the divergence of the whole response.",
+        "It misses what an early token does to the divergence of the later ones: 0 where the gradient is ±1.4926 in the chapter's example.",
+        8,
+    ),
+    "W-KL-9": WrongClaim(
+        "exp(d) − 1 − d is computed well for small d.",
+        "The digits cancel: in single precision it is off by a factor at d = 1e-4 and negative at 1e-6. expm1(d) − d is never negative.",
+        8,
+    ),
+    "W-KL-10": WrongClaim(
+        "Multiplying k₃ by a detached importance ratio corrects its gradient for samples of an older policy.",
+        "The value is corrected, not the gradient: the ratio must be differentiated too. With k₂, which is a loss and not a value, the detached ratio "
+        "is right.",
+        8,
+    ),
+    "W-KL-11": WrongClaim(
+        "With the KL divergence as the only term, a policy that starts at the reference stays there.",
+        "In expectation. With k₁ as the loss each sample pushes in a random direction and nothing pulls back, so the policy drifts on noise.",
+        8,
+    ),
+    "W-OO-1": WrongClaim(
+        "The KL divergence of best-of-n from the reference is log n − (n − 1)/n.",
+        "That is an upper bound, reached only without ties and with many responses: for two equally likely responses the divergence never exceeds log 2.",
+        9,
+    ),
+    "W-OO-2": WrongClaim(
+        "Best-of-n beats one sample of the reference in a share n/(n + 1) of the cases.",
+        "That is the limit in which no two draws tie. A finite list has ties, if only a response drawn twice: counted one half they never exceed "
+        "n/(n + 1), counted as wins they do.",
+        9,
+    ),
+    "W-OO-3": WrongClaim(
+        "A higher score of the reward model means a better response.",
+        "Only as far as the reward model was right. Along the optimal path for a reward that is wrong somewhere the gold score can rise, peak and fall, "
+        "or fall from the start.",
+        9,
+    ),
+    "W-OO-4": WrongClaim(
+        "Best-of-n cannot over-optimise, since it only ever returns what the reference writes.",
+        "It moves the distribution by up to log n − (n − 1)/n nats towards whatever the proxy overrates. Where the proxy's favourites are worse than a typical "
+        "draw, its gold score peaks at a finite n and then falls.",
+        9,
     ),
 }
