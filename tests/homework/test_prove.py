@@ -22,8 +22,11 @@ REQUIRED = {
     *("offpolicy", "ppo_clip", "ppo_ratio_escape"),
     *("bt_loss", "rm_slope", "last_token_index"),
     *("ptx_grad", "token_rewards", "reward_back"),
+    *("dpo", "dpo_weight", "dpo_blind_losses", "dpo_blind_pair", "dpo_kl"),
+    *("kl_k3", "k2_threshold", "kl_loss_gradients"),
+    "best_of_n",
 }
-CHAPTERS = {1: "W-LM", 2: "W-PG", 3: "W-BL", 4: "W-PPO", 5: "W-RM", 6: "W-RLHF"}
+CHAPTERS = {1: "W-LM", 2: "W-PG", 3: "W-BL", 4: "W-PPO", 5: "W-RM", 6: "W-RLHF", 7: "W-DPO", 8: "W-KL", 9: "W-OO"}
 
 
 @pytest.mark.parametrize("question_id", homework.questions())
@@ -42,6 +45,7 @@ def test_there_are_enough_questions_half_of_them_theory():
     assert planted[4] >= 140
     assert planted[6] >= 140
     assert planted[1] + planted[5] >= 230
+    assert planted[7] + planted[8] + planted[9] >= 230
 
 
 def test_every_common_wrong_claim_has_a_planted_answer_that_is_rejected_and_named():

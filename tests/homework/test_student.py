@@ -27,6 +27,9 @@ CHAPTERS = {
     "hw04_ppo.ipynb": 4,
     "hw05_reward_models.ipynb": 5,
     "hw06_rlhf.ipynb": 6,
+    "hw07_dpo.ipynb": 7,
+    "hw08_kl.ipynb": 8,
+    "hw09_overoptimisation.ipynb": 9,
 }
 
 

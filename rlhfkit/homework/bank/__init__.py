@@ -7,6 +7,9 @@ from rlhfkit.homework.bank import (
     ch04_ppo,
     ch05_reward_models,
     ch06_rlhf,
+    ch07_dpo,
+    ch08_kl,
+    ch09_overoptimisation,
 )
 
 __all__ = [
@@ -16,4 +19,7 @@ __all__ = [
     "ch04_ppo",
     "ch05_reward_models",
     "ch06_rlhf",
+    "ch07_dpo",
+    "ch08_kl",
+    "ch09_overoptimisation",
 ]
