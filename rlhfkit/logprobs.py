@@ -12,6 +12,31 @@ from torch import Tensor
 from rlhfkit.masked import masked_sum
 from rlhfkit.validation import require_float, require_ndim
 
+FEW = 8  # tokens: as many numbers in double precision as one instruction of a processor can take
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities of all tokens: log softmax(s)_v = s_v - log sum_u exp s_u.
+
+    The same as ``logits.log_softmax(-1)``. On a last axis of a few tokens torch works on one position at a time; with
+    the tokens first it works on many at once, and takes a third of the time.
+
+    Args:
+        logits: (B, T, V), or any shape with the vocabulary last; -inf for forbidden tokens.
+
+    Returns:
+        The same shape, nats; not always contiguous.
+
+    Raises:
+        ValueError: if ``logits`` is not floating point or has no axis.
+    """
+    require_float(logits=logits)
+    if logits.ndim == 0:
+        raise ValueError("logits: got a scalar, expected the vocabulary as last axis")
+    if logits.shape[-1] > FEW:
+        return logits.log_softmax(-1)
+    return logits.movedim(-1, 0).contiguous().log_softmax(0).movedim(0, -1)
+
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-probability of each token under the logits at its own position: log softmax(logits)[token].
@@ -37,7 +62,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
         got = f"[{int(tokens.min())}, {int(tokens.max())}]"
         raise ValueError(f"tokens: got values in {got}, expected [0, {vocab_size - 1}] (pad with a valid id)")
     # log_softmax, not logits - logsumexp: the latter loses all digits below 1e-3 at logits of 1e4 in float32
-    return logits.log_softmax(-1).gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
+    return log_softmax(logits).gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
 
 
 def next_token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -93,8 +118,5 @@ def entropy(logits: Tensor) -> Tensor:
     Raises:
         ValueError: if ``logits`` is not floating point or has no axis.
     """
-    require_float(logits=logits)
-    if logits.ndim == 0:
-        raise ValueError("logits: got a scalar, expected the vocabulary as last axis")
-    logprobs = logits.log_softmax(-1)
+    logprobs = log_softmax(logits)
     return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)

@@ -64,22 +64,21 @@ class TabularPolicy(nn.Module):
 
     def prefixes(self, tokens: Tensor) -> Tensor:
         """Row of the table that each position reads: (B, L) -> (B, L), L <= T + 1; -1 after a full response."""
-        rows = torch.zeros_like(tokens)
-        number = torch.zeros_like(tokens[:, 0])  # the response so far, read as a number in base V
-        for t in range(1, tokens.shape[1]):
-            number = number * self.vocab_size + tokens[:, t]
-            full = t == self.max_length
-            rows[:, t] = -1 if full else number + self.count_prefixes(self.vocab_size, t)
+        columns = [torch.zeros_like(tokens[:, 0])]
+        for token in tokens[:, 1:].unbind(1):  # row r of the table is followed by the rows V r + 1 to V r + V
+            columns.append(self.vocab_size * columns[-1] + 1 + token)
+        rows = torch.stack(columns, 1)
+        rows[:, self.max_length :] = -1
         return rows
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Next-token logits after every position.
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """All that a table needs to know of the tokens so far: the number of a row, counted through all prompts.
 
         Args:
             tokens: (B, L), integers, 1 <= L <= T + 1; ``tokens[:, 0]`` numbers the prompt.
 
         Returns:
-            (B, L, V); zeros after a response of T tokens, where nothing follows.
+            (B, L), integers, M times the prompt plus :meth:`prefixes`; P M after a full response.
 
         Raises:
             ValueError: if the sequence is too long, or a prompt or token is out of range.
@@ -94,9 +93,23 @@ class TabularPolicy(nn.Module):
         if response.numel() and (response.min() < 0 or response.max() >= self.vocab_size):
             got = f"[{int(response.min())}, {int(response.max())}]"
             raise ValueError(f"tokens: got response tokens in {got}, expected [0, {self.vocab_size - 1}]")
-        rows = self.prefixes(tokens)
-        logits = self.table[prompts.unsqueeze(1), rows.clamp(min=0)]
-        return torch.where((rows >= 0).unsqueeze(-1), logits, torch.zeros_like(logits))
+        rows, count = self.prefixes(tokens), self.table.shape[1]
+        return torch.where(rows >= 0, prompts.unsqueeze(1) * count + rows, self.num_prompts * count)
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Logits of the next token: (B, L) of :meth:`hidden` -> (B, L, V)."""
+        return _rows(self.table, hidden)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Next-token logits after every position.
+
+        Args:
+            tokens: (B, L), integers, as :meth:`hidden` takes and checks them.
+
+        Returns:
+            (B, L, V); zeros after a response of T tokens, where nothing follows.
+        """
+        return self.unembed(self.hidden(tokens))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The same as :meth:`logits`, (B, L) -> (B, L, V)."""
@@ -107,23 +120,33 @@ class TabularValue(nn.Module):
     """One value for every prompt and every prefix of a response: the value function of a tabular policy.
 
     Args:
-        policy: whose prompts and prefixes they are; its table is not kept. The values start at 0, in its dtype.
+        policy: whose prompts and prefixes they are; its table is not read. The values start at 0, in its dtype.
     """
+
+    trunk: TabularPolicy
 
     def __init__(self, policy: TabularPolicy) -> None:
         super().__init__()
-        self.prefixes = policy.prefixes
+        object.__setattr__(self, "trunk", policy)  # known, but no part: its parameters are not ours
         self.table = nn.Parameter(torch.zeros_like(policy.table[..., 0]))
+
+    def from_hidden(self, hidden: Tensor) -> Tensor:
+        """Value at every row of the table, (B, L) of :meth:`TabularPolicy.hidden` -> (B, L), reward units."""
+        return _rows(self.table, hidden)
 
     def values(self, tokens: Tensor) -> Tensor:
         """Value after every position.
 
         Args:
-            tokens: (B, L), integers, as :meth:`TabularPolicy.logits` takes them; not checked again here.
+            tokens: (B, L), integers, as :meth:`TabularPolicy.hidden` takes and checks them.
 
         Returns:
             (B, L), reward units; 0 after a response of T tokens, where nothing follows.
         """
-        rows = self.prefixes(tokens)
-        values = self.table[tokens[:, :1], rows.clamp(min=0)]
-        return torch.where(rows >= 0, values, torch.zeros_like(values))
+        return self.from_hidden(self.trunk.hidden(tokens))
+
+
+def _rows(table: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a table (P, M, ...) by their number, (B, L) -> (B, L, ...); zeros for the number P M."""
+    listed = torch.cat([table.flatten(0, 1), torch.zeros_like(table[0, :1])])
+    return listed.index_select(0, rows.flatten()).unflatten(0, rows.shape)

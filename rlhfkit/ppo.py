@@ -109,7 +109,7 @@ class Experience:
 
     def rows(self, which: Tensor) -> Experience:
         """Some rows of it: (b,) integers -> b rows."""
-        return Experience(*(getattr(self, field.name)[which] for field in fields(self)))
+        return Experience(*(getattr(self, field.name).index_select(0, which) for field in fields(self)))
 
 
 def ppo_loss(

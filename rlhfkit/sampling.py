@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhfkit.logprobs import next_token_logprobs, sequence_logprobs
+from rlhfkit.logprobs import log_softmax, next_token_logprobs, sequence_logprobs
 from rlhfkit.models import GPTConfig, KVCache, Policy
 from rlhfkit.tasks import ExactTask, Rollout
 from rlhfkit.validation import require_in
@@ -75,7 +75,8 @@ def _require_prompts(policy: Any, prompts: Tensor, max_length: int) -> None:
 def _logits_from(policy: Any, tokens: Tensor, start: int, cache: KVCache | None = None) -> Tensor:
     """Logits after position ``start`` and all later ones, in float32 or better; the earlier ones cost nothing."""
     if hasattr(policy, "unembed"):
-        logits = policy.unembed(policy.hidden(tokens, cache)[:, start:])
+        hidden = policy.hidden(tokens) if cache is None else policy.hidden(tokens, cache)
+        logits = policy.unembed(hidden[:, start:])
     else:
         logits = policy.logits(tokens)[:, start:]
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
@@ -127,9 +128,10 @@ def sample(
     columns = []
     for t in range(start, start + max_length):
         logits = _logits_from(policy, sequences[:, cache.used if cache else 0 : t], -1, cache)[:, 0]
-        logprobs = logits.log_softmax(-1)
-        drawn = logprobs if as_it_is else truncate_logits(logits, temperature, top_k, top_p).log_softmax(-1)
-        tokens = torch.multinomial(drawn.exp(), 1, generator=generator)
+        logprobs = log_softmax(logits)
+        drawn = logprobs if as_it_is else log_softmax(truncate_logits(logits, temperature, top_k, top_p))
+        chances = drawn.exp().contiguous()  # multinomial deals out its random numbers in the order of memory
+        tokens = torch.multinomial(chances, 1, generator=generator)
         both = torch.cat([logprobs.gather(1, tokens), drawn.gather(1, tokens)], 1)
         columns.append(torch.where(alive.unsqueeze(1), both, torch.zeros_like(both)))
         mask[:, t - start] = alive
@@ -171,7 +173,7 @@ def logits_and_values(policy: Any, value: Any, prompts: Tensor, tokens: Tensor) 
 
     Args:
         policy: has ``logits(tokens)``.
-        value: has ``values(tokens)``; when it is a ``ScalarModel`` whose trunk is the policy, the trunk runs once.
+        value: has ``values(tokens)``; when its trunk is the policy, the trunk runs once.
         prompts: (B, L0), integers, padded on the left.
         tokens: responses, (B, T), integers, padded on the right.
 

@@ -201,9 +201,10 @@ def _predict(
     policy: TrainablePolicy, value: nn.Module, prompts: Tensor, tokens: Tensor, bonus: bool, rows: Tensor
 ) -> Prediction:
     """What the networks say now about some rows of a batch of responses; the entropy has a gradient if ``bonus``."""
-    logits, values = logits_and_values(policy, value, prompts[rows], tokens[rows])
+    prompts, tokens = prompts[rows], tokens[rows]
+    logits, values = logits_and_values(policy, value, prompts, tokens)
     entropies = entropy(logits if bonus else logits.detach())
-    return Prediction(token_logprobs(logits, tokens[rows]), entropies, values)
+    return Prediction(token_logprobs(logits, tokens), entropies, values)
 
 
 def _pretraining_loss(

@@ -7,8 +7,8 @@ import mpmath
 import pytest
 import torch
 
-from planting import DTYPES, close, exact_logprobs, f64, gradients, ignores_padding, leaf, masks, normal, raises
-from rlhfkit.logprobs import entropy, next_token_logprobs, sequence_logprobs, token_logprobs
+from planting import DTYPES, close, edited, exact_logprobs, f64, gradients, ignores_padding, leaf, masks, normal, raises
+from rlhfkit.logprobs import entropy, log_softmax, next_token_logprobs, sequence_logprobs, token_logprobs
 from rlhfkit.masked import masked_sum
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -24,6 +24,27 @@ EXTREME = [
     [-INF, -INF, 7.0, -INF],
     [80.0, 0.0, -80.0, 20.0],
 ]
+
+
+def test_log_softmax_agrees_with_torch_on_axes_of_every_length(log_softmax=log_softmax):
+    """The short ones go another way; the sums may be rounded in another order."""
+    for dtype, vocab_size in itertools.product(DTYPES, (1, 2, 3, 5, 6, 7, 8, 9, 12, 40)):
+        for shape in ((), (1,), (33,), (2, 3), (0, 3)):
+            logits = 5 * normal(*shape, vocab_size, dtype=dtype)
+            logits[..., 1:] = torch.where(logits[..., 1:] < -5, -INF, logits[..., 1:])  # some tokens are forbidden
+            precise = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 16 * torch.finfo(dtype).eps}
+            close(log_softmax(logits), logits.log_softmax(-1), **precise)
+            (slope,) = gradients(log_softmax, logits)
+            (expected,) = gradients(lambda x: x.log_softmax(-1), logits)
+            close(slope, expected, **precise)
+
+
+def test_log_softmax_agrees_with_80_digits_on_extreme_logits(log_softmax=log_softmax):
+    for dtype in DTYPES:
+        got = log_softmax(torch.tensor(EXTREME, dtype=dtype))
+        expected = [[float(x) for x in exact_logprobs(row)] for row in torch.tensor(EXTREME, dtype=dtype)]
+        close(got, got.new_tensor(expected), rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    assert log_softmax(f64([0.0, float("nan")])).isnan().all()
 
 
 def test_token_logprobs_gathers_each_position_from_its_own_logits(token_logprobs=token_logprobs):
@@ -149,6 +170,18 @@ def _plain_entropy(logits):
 
 
 PLANTED = {
+    "log_softmax": {
+        "the axis stays in front": edited(log_softmax, (".log_softmax(0).movedim(0, -1)", ".log_softmax(0)")),
+        "normalised over positions": edited(log_softmax, (".log_softmax(0)", ".log_softmax(-1)")),
+        "long axes normalised over positions": edited(
+            log_softmax, ("return logits.log_softmax(-1)", "return logits.log_softmax(0)")
+        ),
+        "short axes without gradient": edited(log_softmax, ("logits.movedim(-1", "logits.detach().movedim(-1")),
+        "logarithm of softmax": edited(log_softmax, (".log_softmax(0)", ".softmax(0).log()")),
+        "reshaped, not transposed": edited(
+            log_softmax, ("logits.movedim(-1, 0).contiguous()", "logits.reshape(logits.shape[-1:] + logits.shape[:-1])")
+        ),
+    },
     "token_logprobs": {
         "logits minus logsumexp": lambda logits, tokens: (logits - logits.logsumexp(-1, keepdim=True)).gather(
             -1, tokens[..., None]

@@ -56,6 +56,16 @@ def test_any_table_is_a_distribution_over_responses(TabularPolicy=TabularPolicy)
         close(torch.where(mask, logprobs, 0.0).sum(1).exp().sum(), f64(1.0))
 
 
+def test_what_a_table_needs_to_know_is_the_number_of_a_row_and_later_positions_can_be_read_alone(
+    TabularPolicy=TabularPolicy,
+):
+    policy = marked(TabularPolicy)
+    tokens = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 1]])
+    hidden = policy.hidden(tokens)
+    assert hidden.tolist() == [[0, 2, 5, 14], [7, 8, 11, 14]]  # 14 = P M: nothing follows
+    close(policy.unembed(hidden[:, 2:]), policy.logits(tokens)[:, 2:])
+
+
 def test_gradient_reaches_the_rows_that_were_read_and_no_other(TabularPolicy=TabularPolicy):
     policy = marked(TabularPolicy)
     policy.logits(torch.tensor([[1, 0, 1, 1]])).sum().backward()
@@ -124,47 +134,52 @@ def test_gradient_reaches_the_values_that_were_read_and_no_other(TabularValue=Ta
     close(value.table.grad, f64([[0.0] * 7, [2, 2, 0, 1, 1, 0, 0]]))
 
 
+READ = "_rows(self.table, hidden)"
 PLANTED = {
     "TabularPolicy": {
         "digits in the other order": edited(
             TabularPolicy,
-            ("number * self.vocab_size + tokens[:, t]", "number + tokens[:, t] * self.vocab_size ** (t - 1)"),
-        ),
-        "rows of every length start at 0": edited(TabularPolicy, (" + self.count_prefixes(self.vocab_size, t)", "")),
-        "only the last token counts": edited(
-            TabularPolicy, ("number * self.vocab_size + tokens[:, t]", "tokens[:, t]")
-        ),
-        "one row for all prompts": edited(
-            TabularPolicy, ("self.table[prompts.unsqueeze(1)", "self.table[0 * prompts.unsqueeze(1)")
-        ),
-        "sees one token ahead": edited(
-            TabularPolicy,
             (
-                "number * self.vocab_size + tokens[:, t]",
-                "number * self.vocab_size + tokens[:, min(t + 1, tokens.shape[1] - 1)]",
+                "self.vocab_size * columns[-1] + 1 + token",
+                "columns[-1] + (1 + token) * self.vocab_size ** (len(columns) - 1)",
             ),
+        ),
+        "rows of every length start at 0": edited(TabularPolicy, ("columns[-1] + 1 + token", "columns[-1] + token")),
+        "only the last token counts": edited(
+            TabularPolicy,
+            ("self.vocab_size * columns[-1] + 1", "self.count_prefixes(self.vocab_size, len(columns))"),
+        ),
+        "one row for all prompts": edited(TabularPolicy, ("prompts.unsqueeze(1) * count", "0 * prompts.unsqueeze(1)")),
+        "sees one token ahead": edited(
+            TabularPolicy, ("tokens[:, 1:].unbind(1)", "tokens[:, 1:].roll(-1, 1).unbind(1)")
         ),
         "table not copied": edited(TabularPolicy, ("table.detach().clone()", "table.detach()")),
         "last row read after a full response": edited(
-            TabularPolicy, ("torch.where((rows >= 0).unsqueeze(-1), logits, torch.zeros_like(logits))", "logits")
+            TabularPolicy, ("self.num_prompts * count)", "prompts.unsqueeze(1) * count + count - 1)")
         ),
-        "negative prompts wrap": edited(TabularPolicy, ("prompts.min() < 0 or ", "")),
+        "first row of the next prompt read after a full response": edited(
+            TabularPolicy, ("self.num_prompts * count)", "prompts.unsqueeze(1) * count + count)")
+        ),
+        "rows without gradient": edited(
+            TabularPolicy, ("_rows(self.table, hidden)", "_rows(self.table.detach(), hidden) + 0 * self.table.sum()")
+        ),
+        "negative prompts not refused": edited(TabularPolicy, ("prompts.min() < 0 or ", "")),
         "starts in single precision": edited(
             TabularPolicy, ("torch.zeros(shape, dtype=torch.float64)", "torch.zeros(shape)")
         ),
     },
     "TabularValue": {
         "one value for all prompts": edited(
-            TabularValue, ("self.table[tokens[:, :1], ", "self.table[0 * tokens[:, :1], ")
+            TabularValue, (READ, "_rows(self.table[:1].expand_as(self.table), hidden)")
         ),
-        "one value for all prefixes": edited(TabularValue, ("rows.clamp(min=0)", "rows.clamp(0, 0)")),
+        "one value for all prefixes": edited(
+            TabularValue, (READ, "_rows(self.table[:, :1].expand_as(self.table), hidden)")
+        ),
         "something after a whole response": edited(
-            TabularValue, ("torch.where(rows >= 0, values, torch.zeros_like(values))", "values")
+            TabularValue, (READ, "_rows(self.table, hidden.clamp(max=self.table.numel() - 1))")
         ),
-        "nothing before the response": edited(TabularValue, ("torch.where(rows >= 0", "torch.where(rows > 0")),
-        "one token late": edited(
-            TabularValue, ("rows = self.prefixes(tokens)", "rows = self.prefixes(tokens).roll(1, 1)")
-        ),
+        "nothing before the response": edited(TabularValue, (READ, f"{READ} * (hidden % self.table.shape[1] > 0)")),
+        "one token late": edited(TabularValue, ("self.trunk.hidden(tokens)", "self.trunk.hidden(tokens).roll(1, 1)")),
         "in single precision": edited(
             TabularValue, ("torch.zeros_like(policy.table[..., 0])", "torch.zeros_like(policy.table[..., 0]).float()")
         ),
@@ -172,9 +187,9 @@ PLANTED = {
             TabularValue, ("torch.zeros_like(policy.table[..., 0])", "policy.table.detach()[..., 0]")
         ),
         "the policy is a part": edited(
-            TabularValue, ("self.prefixes = policy.prefixes", "self.policy = policy; self.prefixes = policy.prefixes")
+            TabularValue, ('object.__setattr__(self, "trunk", policy)', "self.trunk = policy")
         ),
-        "no gradient": edited(TabularValue, ("values = self.table[", "values = self.table.detach()[")),
+        "no gradient": edited(TabularValue, (READ, "_rows(self.table.detach(), hidden)")),
     },
 }
 EXEMPT = {"Policy"}

@@ -342,7 +342,7 @@ def _epochs(*changes):
 
 
 POSITIVE = "require_in(name, getattr(self, name), 0.0, open_low=True)"
-ROWS = "[which] for field"
+ROWS = ".index_select(0, which) for field"
 RATIO = "clipped_policy_loss(new.logprobs, old.logprobs,"
 SPLIT = "order.tensor_split(config.num_mini_batches)"
 EPOCHS = "    for _ in range(config.num_ppo_epochs):\n"

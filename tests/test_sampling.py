@@ -39,6 +39,15 @@ def on_device(task):
     return task.to(torch.get_default_device())
 
 
+def test_one_generator_gives_the_draws_of_plain_softmax_and_multinomial(sample=sample):
+    policy, prompts = policy_of(), torch.arange(2).repeat(50).unsqueeze(1)
+    expected, same = prompts, generator()
+    for _ in range(3):
+        drawn = torch.multinomial(policy.logits(expected)[:, -1].softmax(-1), 1, generator=same)
+        expected = torch.cat([expected, drawn], 1)
+    assert sample(policy, prompts, 3, generator=generator()).tokens.equal(expected[:, 1:])
+
+
 def make_task(eos_id=None, num_prompts=2):
     with torch.device("cpu"):
         task = random_task(3, 3, num_prompts, eos_id=eos_id, seed=2)
@@ -413,14 +422,14 @@ def test_a_shared_trunk_runs_once_and_its_gradient_is_that_of_both(logits_and_va
 
 def test_logits_and_values_of_tables_are_read_at_the_prefixes(logits_and_values=logits_and_values):
     policy = policy_of()
-    value = TabularValue(policy)
-    value.table.data = normal(*value.table.shape, seed=4)
     prompts, (tokens, _) = torch.tensor([[1]]).repeat(27, 1), enumerate_responses(3, 3)
-    logits, values = logits_and_values(policy, value, prompts, tokens)
-    for row, t in itertools.product((0, 13, 26), range(3)):
-        so_far = torch.cat([prompts[row], tokens[row, :t]]).unsqueeze(0)
-        close(logits[row, t], policy.logits(so_far)[0, -1])
-        close(values[row, t], value.values(so_far)[0, -1])
+    for value in (TabularValue(policy), TabularValue(policy_of(seed=1))):  # on this policy's prefixes or on another's
+        value.table.data = normal(*value.table.shape, seed=4)
+        logits, values = logits_and_values(policy, value, prompts, tokens)
+        for row, t in itertools.product((0, 13, 26), range(3)):
+            so_far = torch.cat([prompts[row], tokens[row, :t]]).unsqueeze(0)
+            close(logits[row, t], policy.logits(so_far)[0, -1])
+            close(values[row, t], value.values(so_far)[0, -1])
 
 
 def test_logits_and_values_come_in_float32_from_half_precision(logits_and_values=logits_and_values):
@@ -442,10 +451,11 @@ PLANTED = {
             ),
         ),
         "goes on after eos": _sample(("alive = alive & (tokens[:, 0] != eos_id)", "pass")),
-        "greedy": _sample(("torch.multinomial(drawn.exp(), 1, generator=generator)", "drawn.argmax(-1, keepdim=True)")),
-        "log-probabilities as weights": _sample(("multinomial(drawn.exp()", "multinomial(-drawn")),
-        "draws from the model itself": _sample(("multinomial(drawn.exp()", "multinomial(logprobs.exp()")),
-        "temperature left in": _sample(("logits.log_softmax(-1)\n", "(logits / 0.9).log_softmax(-1)\n")),
+        "greedy": _sample(("torch.multinomial(chances, 1, generator=generator)", "drawn.argmax(-1, keepdim=True)")),
+        "log-probabilities as weights": _sample(("drawn.exp().contiguous()", "-drawn.contiguous()")),
+        "draws from the model itself": _sample(("drawn.exp().contiguous()", "logprobs.exp().contiguous()")),
+        "random numbers in another order": _sample(("drawn.exp().contiguous()", "drawn.exp()")),
+        "temperature left in": _sample(("logprobs = log_softmax(logits)\n", "logprobs = log_softmax(logits / 0.9)\n")),
         "global generator": _sample((", generator=generator)", ")")),
         "reads the first position": _sample((", -1, cache)[:, 0]", ", 0, cache)[:, 0]")),
         "forgets what it drew": _sample(("torch.where(alive, tokens[:, 0], sequences[:, t])", "fill")),
@@ -461,14 +471,12 @@ PLANTED = {
         "both of what was drawn from": _sample(("logprobs.gather(1, tokens)", "drawn.gather(1, tokens)")),
         "not renormalised": _sample(
             (
-                "truncate_logits(logits, temperature, top_k, top_p).log_softmax(-1)",
+                "log_softmax(truncate_logits(logits, temperature, top_k, top_p))",
                 "truncate_logits(logprobs, temperature, top_k, top_p)",
             )
         ),
-        "top-p forgotten": _sample(("temperature, top_k, top_p).log_softmax", "temperature, top_k).log_softmax")),
-        "temperature forgotten": _sample(
-            ("(logits, temperature, top_k, top_p).log", "(logits, 1.0, top_k, top_p).log")
-        ),
+        "top-p forgotten": _sample(("(logits, temperature, top_k, top_p)", "(logits, temperature, top_k)")),
+        "temperature forgotten": _sample(("(logits, temperature, top_k, top_p)", "(logits, 1.0, top_k, top_p)")),
         "settings only count with a temperature": _sample(
             ("as_it_is = temperature == 1 and top_k is None and top_p is None", "as_it_is = temperature == 1")
         ),

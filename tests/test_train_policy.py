@@ -162,8 +162,8 @@ class NanGradient(TabularPolicy):
         super().__init__(task.vocab_size, task.max_length, len(task.scores), task.ref_table)
         self.calls, self.when = 0, when
 
-    def logits(self, tokens):
-        logits = super().logits(tokens)
+    def unembed(self, hidden):
+        logits = super().unembed(hidden)
         self.calls += torch.is_grad_enabled()
         return logits + (0 * (logits - logits.detach()).abs().sqrt() if self.calls >= self.when else 0)
 
@@ -422,9 +422,9 @@ def test_pretraining_draws_as_many_rows_as_the_minibatch_has_and_ignores_padding
     task, seen = random_task(3, 3, 2, seed=2), []
 
     class Watching(TabularPolicy):
-        def logits(self, tokens):
-            seen.append((len(tokens), torch.is_grad_enabled()))
-            return super().logits(tokens)
+        def unembed(self, hidden):
+            seen.append((len(hidden), torch.is_grad_enabled()))
+            return super().unembed(hidden)
 
     policy = Watching(3, 3, 2, task.ref_table)
     data = torch.zeros(9, 1, dtype=torch.long), torch.zeros(9, 3, dtype=torch.long)
