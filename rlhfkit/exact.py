@@ -209,8 +209,8 @@ def population_dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, 
     """DPO's loss with infinitely many labels: the mean over all N^2 ordered pairs (i, j), i = j included.
 
     sum_ij p_ij (-log sigmoid(beta h_ij)) / N^2, with p_ij = sigmoid(s_i - s_j) the probability that i was chosen over
-    j, and h_ij = log(pi/ref)(i) - log(pi/ref)(j). Each unordered pair stands twice in the sum, once for either outcome.
-    Differentiable in ``logprobs``.
+    j, and h_ij = log(pi/ref)(i) - log(pi/ref)(j). Each unordered pair stands twice in the sum, once for either outcome,
+    so this is half of what one labelled comparison costs: log(2)/2 at the reference. Differentiable in ``logprobs``.
 
     Args:
         logprobs: of all N responses under pi, (P, N), nats, finite.

@@ -112,9 +112,8 @@ def full_vocabulary_kl(logits: Tensor, ref_logits: Tensor, response_mask: Tensor
     """Estimate of the KL of whole responses: the exact KL of the next token at every prefix visited, summed.
 
     sum_t KL(pi(. | x, y_<t) || ref(. | x, y_<t)) along a response y of pi. Its mean under pi is KL(pi || ref), as that
-    of k1 is, with the randomness of the next token averaged out at every prefix (Rao-Blackwell, term by term). The
-    variance is usually far lower. It need not be: where a token's k1 makes up for what later prefixes will cost, the
-    sum of k1 can be constant while this estimate is not.
+    of k1 is, with the next token's randomness averaged out at every prefix (Rao-Blackwell, term by term). The variance
+    is usually far lower, not always: where a k1 makes up for what later prefixes cost, the sum of k1 can be constant.
 
     Args:
         logits: of pi where each token was chosen, (B, T, V).
@@ -133,7 +132,8 @@ def full_vocabulary_kl(logits: Tensor, ref_logits: Tensor, response_mask: Tensor
     require_ndim("logits", logits, "(B, T, V)")
     require_same_shape(logits=logits, ref_logits=ref_logits)
     require_mask("response_mask", response_mask, logits.shape[:2])
-    return masked_sum(categorical_kl(logits, ref_logits), response_mask, dim=1)
+    padding = ~response_mask.unsqueeze(-1)  # filled before the softmax, whose gradient at nan is nan even times 0
+    return categorical_kl(logits.masked_fill(padding, 0.0), ref_logits.masked_fill(padding, 0.0)).sum(1)
 
 
 def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:

@@ -158,6 +158,13 @@ def _sequence_logprobs(policy: Policy, tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def _in_pieces(policy: Policy, tokens: Tensor, mask: Tensor, size: int) -> Tensor:
+    """The same without gradient, ``size`` rows at a time: (B, L) and (B, L), on any device -> (B,)."""
+    device, pieces = device_of(policy), zip(tokens.split(size), mask.split(size), strict=True)
+    return torch.cat([_sequence_logprobs(policy, x.to(device), m.to(device)) for x, m in pieces])
+
+
+@torch.no_grad()
 def pair_logprobs(
     policy: Any, prompts: Tensor, chosen: Tensor, rejected: Tensor, batch_size: int = 256
 ) -> tuple[Tensor, Tensor]:
@@ -177,10 +184,7 @@ def pair_logprobs(
     """
     _require_rows(prompts, chosen, rejected)
     sides, masks, _ = _joined_pairs(prompts, chosen, rejected, policy.pad_id)
-    device, found = device_of(policy), []
-    for tokens, mask in zip(sides, masks, strict=True):
-        pieces = zip(tokens.split(batch_size), mask.split(batch_size), strict=True)
-        found.append(torch.cat([_sequence_logprobs(policy, x.to(device), m.to(device)).cpu() for x, m in pieces]))
+    found = [_in_pieces(policy, tokens, mask, batch_size).cpu() for tokens, mask in zip(sides, masks, strict=True)]
     return found[0], found[1]
 
 
@@ -261,6 +265,7 @@ def train_dpo(
     optimizer = torch.optim.AdamW(decayed(policy.named_parameters(), weight_decay), betas=BETAS, fused=True)
     run = Run(policy, [optimizer], recipe, checkpoint, save_every)
     device = device_of(policy)
+    at_once = 16 if device.type == "cpu" else 2 * batch_size  # a processor is fastest on what its caches hold
     policy.eval()
     ref.eval()
     with bf16_autocast(device, bf16):
@@ -273,8 +278,7 @@ def train_dpo(
         with bf16_autocast(device, bf16):
             logprobs = _sequence_logprobs(policy, both, mask)
             if known is None:
-                with torch.no_grad():
-                    ref_logprobs = _sequence_logprobs(ref, both, mask)
+                ref_logprobs = _in_pieces(ref, both, mask, at_once)
             else:
                 ref_logprobs = torch.cat([side[rows] for side in known]).to(logprobs)
         (chosen_logprobs, rejected_logprobs), (ref_chosen, ref_rejected) = logprobs.chunk(2), ref_logprobs.chunk(2)

@@ -16,6 +16,7 @@ from rlhfkit import (
     policy_losses,
     ppo,
     preference_losses,
+    reference_free_losses,
     sampling,
     tasks,
 )
@@ -27,7 +28,10 @@ X, Y, V = normal(2, 3), normal(2, 3, seed=1), normal(2)
 WIDE, ROW, COLUMN = normal(2, 4), normal(1, 3), normal(2, 1)  # the last two would broadcast
 MASK = torch.tensor([[True, True, False], [True, False, True]])
 EMPTY, INTEGERS = torch.zeros(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.long)
+LOGITS, TOKENS = normal(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
 PAIR = (V, V, V, V)
+LIKED, LENGTHS = torch.tensor([True, False]), torch.tensor([1, 2])
+UNPAIRED = (V, V, LENGTHS, LENGTHS)
 GAE = {"gamma": 0.9, "lam": 0.9}
 
 CASES = []  # (function, arguments, keywords, words the message must hold)
@@ -48,6 +52,8 @@ MASKED = {  # takes (x, mask): the mask's name and the function
     "sequence_logprobs": (logprobs.sequence_logprobs, "mask"),
     "sequence_kl": (lambda x, mask: kl.sequence_kl(x, X, mask), "response_mask"),
     "kl_shaped_rewards": (lambda x, mask: kl.kl_shaped_rewards(V, x, X, mask, 0.1), "response_mask"),
+    "kl_reward_to_go_loss": (lambda x, mask: kl.kl_reward_to_go_loss(x, X, mask), "response_mask"),
+    "full_vocabulary_kl": (lambda x, mask: kl.full_vocabulary_kl(LOGITS, LOGITS, mask), "response_mask"),
     "rewards_to_go": (lambda x, mask: advantages.rewards_to_go(x, mask), "mask"),
     "gae": (lambda x, mask: advantages.gae(x, X, mask=mask, **GAE), "mask"),
     "gae, dones": (lambda x, mask: advantages.gae(x, X, dones=mask, **GAE), "dones"),
@@ -73,7 +79,6 @@ case(masked.aggregate, X, MASK, "mean", words=("how", "'mean'", "sequence-sum"))
 case(logprobs.sequence_logprobs, INTEGERS, MASK, words=("logprobs", "torch.int64"))
 case(logprobs.sequence_logprobs, V, MASK[0, :2], words=("logprobs", "(2,)", "(B, T)"))
 
-LOGITS, TOKENS = normal(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
 for function in (logprobs.token_logprobs, logprobs.next_token_logprobs):
     case(function, LOGITS, TOKENS[:, :2], words=("tokens", "(2, 2)", "(2, 3)"))
     case(function, LOGITS, TOKENS[:1], words=("tokens", "(1, 3)", "(2, 3)"))
@@ -87,14 +92,16 @@ for function in (logprobs.token_logprobs, logprobs.next_token_logprobs):
         words=("logits", "(3, 5)", "(B, T, V)" if "next" not in function.__name__ else "(B, L, V)"),
     )
     case(function, LOGITS.long(), TOKENS, words=("logits", "torch.int64", "floating"))
-case(logprobs.entropy, LOGITS.long(), words=("logits", "torch.int64"))
-case(logprobs.entropy, f64(0.0), words=("logits", "scalar"))
+for function in (logprobs.log_softmax, logprobs.entropy):
+    case(function, LOGITS.long(), words=("logits", "torch.int64"))
+    case(function, f64(0.0), words=("logits", "scalar"))
 
 TWO = {
     kl.kl_k1: ("logprobs", "ref_logprobs"),
     kl.kl_k2: ("logprobs", "ref_logprobs"),
     kl.kl_k3: ("logprobs", "ref_logprobs"),
     kl.categorical_kl: ("logits", "ref_logits"),
+    kl.straight_through: ("value", "surrogate"),
     policy_losses.reinforce_loss: ("logprobs", "advantages"),
     policy_losses.approx_kl: ("logprobs", "old_logprobs"),
     preference_losses.bradley_terry_loss: ("chosen_scores", "rejected_scores"),
@@ -120,6 +127,15 @@ for other in (WIDE, ROW, COLUMN):
     case(advantages.gae, X, other, words=("values", shape, "(2, 3)"), **GAE)
     case(kl.sequence_kl, X, other, MASK, words=("ref_logprobs", shape, "(2, 3)"))
     case(kl.kl_shaped_rewards, V, X, other, MASK, 0.1, words=("ref_logprobs", shape, "(2, 3)"))
+    case(kl.kl_reward_to_go_loss, X, other, MASK, words=("ref_logprobs", shape, "(2, 3)"))
+    for at, name in enumerate(("logprobs", "old_logprobs", "ref_logprobs")):
+        wrong = [other if i == at else X for i in range(3)]
+        case(kl.off_policy_k2, *wrong, words=(name, shape, "(2, 3)"))
+        case(kl.off_policy_k3, *wrong, words=(name, shape, "(2, 3)"))
+case(kl.kl_reward_to_go_loss, V, V, LIKED, words=("logprobs", "(2,)", "(B, T)"))
+case(kl.full_vocabulary_kl, X, X, MASK, words=("logits", "(2, 3)", "(B, T, V)"))
+case(kl.full_vocabulary_kl, LOGITS, LOGITS[:, :1], MASK, words=("ref_logits", "(2, 1, 5)", "(2, 3, 5)"))
+case(kl.full_vocabulary_kl, LOGITS.long(), LOGITS.long(), MASK, words=("logits", "torch.int64", "floating"))
 for scores in (X, normal(3), normal(1), f64(1.0)):
     case(kl.kl_shaped_rewards, scores, X, Y, MASK, 0.1, words=("scores", str(tuple(scores.shape)), "(2,)"))
 for values in (X, normal(3), normal(1), f64(1.0)):
@@ -140,6 +156,14 @@ for bad in (-0.1, NAN):
     for name in ("dpo_loss", "ipo_loss", "hinge_dpo_loss"):
         case(getattr(preference_losses, name), *PAIR, bad, words=("beta", got))
     case(preference_losses.conservative_dpo_loss, *PAIR, bad, 0.1, words=("beta", got))
+    case(preference_losses.kto_loss, V, V, LIKED, f64(0.0), bad, words=("beta", got, "[0, inf)"))
+    for name in ("desirable_weight", "undesirable_weight"):
+        case(preference_losses.kto_loss, V, V, LIKED, f64(0.0), 0.1, words=(name, got, "[0, inf)"), **{name: bad})
+    case(preference_losses.simpo_loss, *UNPAIRED, bad, 0.1, words=("beta", got, "[0, inf)"))
+    case(preference_losses.simpo_loss, *UNPAIRED, 2.0, bad, words=("margin", got, "[0, inf)"))
+    case(preference_losses.orpo_loss, *UNPAIRED, bad, words=("beta", got, "[0, inf)"))
+    case(exact.population_dpo_loss, X, X, X, bad, words=("beta", got, "positive"))
+    case(exact.frontier, X, X, [1.0, bad], words=("beta", got, "positive"))
     case(exact.objective, X, X, X, bad, words=("beta", got, "[0, inf)"))
     for name in ("optimal_logprobs", "optimal_value"):
         case(getattr(exact, name), X, X, bad, words=("beta", got, "positive"))
@@ -156,6 +180,7 @@ for bad in (-0.1, 1.1, NAN):
     case(preference_losses.conservative_dpo_loss, *PAIR, 0.1, bad, words=("label_smoothing", str(bad), "[0, 1]"))
 for name in ("optimal_logprobs", "optimal_value"):
     case(getattr(exact, name), X, X, 0.0, words=("beta", "0.0", "positive"))
+case(exact.population_dpo_loss, X, X, X, 0.0, words=("beta", "0.0", "positive"))
 case(preference_losses.ipo_loss, *PAIR, 0.0, words=("beta", "0.0", "(0, inf)"))
 case(lambda: kl.AdaptiveKLController(1.0, 1.0, 1.0).update(NAN, 1), words=("kl", "nan"))
 
@@ -168,6 +193,25 @@ for name in ("dpo_loss", "ipo_loss", "hinge_dpo_loss", "conservative_dpo_loss"):
             wrong = [other if i == at else V for i in range(4)]
             case(getattr(preference_losses, name), *wrong, *extra, words=(argument, str(tuple(other.shape)), "(2,)"))
 case(preference_losses.implicit_rewards, V, normal(1), 0.1, words=("ref_logprobs", "(1,)", "(2,)"))
+
+for name, extra in (("simpo_loss", (2.0, 0.5)), ("orpo_loss", (0.1,))):
+    function = getattr(preference_losses, name)
+    for other in (normal(3), normal(1), f64(0.0)):
+        shape = str(tuple(other.shape))
+        case(function, V, other, LENGTHS, LENGTHS, *extra, words=("rejected_logprobs", shape, "(2,)"))
+        case(function, other, V, LENGTHS, LENGTHS, *extra, words=("chosen_logprobs", shape, "(2,)"))
+        case(function, V, V, other, LENGTHS, *extra, words=("chosen_lengths", shape, "(2,)"))
+        case(function, V, V, LENGTHS, other, *extra, words=("rejected_lengths", shape, "(2,)"))
+    case(function, V, V, LENGTHS - 1, LENGTHS, *extra, words=("chosen_lengths", "0", "at least 1"))
+    case(function, V, V, LENGTHS, LENGTHS - 1, *extra, words=("rejected_lengths", "0", "at least 1"))
+    case(function, V, V, 3, LENGTHS, *extra, words=("chosen_lengths", "int", "one length per response"))
+for other in (normal(3), normal(1), f64(0.0)):
+    words = ("ref_logprobs", str(tuple(other.shape)), "(2,)")
+    case(preference_losses.kto_loss, V, other, LIKED, f64(0.0), 0.1, words=words)
+for labels, got in ((LIKED.long(), "torch.int64"), (LIKED[:1], "(1,)"), ([True, False], "list")):
+    case(preference_losses.kto_loss, V, V, labels, f64(0.0), 0.1, words=("desirable", got))
+for point, got in ((0.5, "float"), (V, "(2,)"), (f64([0.5]), "(1,)")):
+    case(preference_losses.kto_loss, V, V, LIKED, point, 0.1, words=("kl_reference", got, "scalar"))
 
 for function in (advantages.leave_one_out_baseline, advantages.group_normalized_advantages):
     case(function, COLUMN, words=("scores", "(2, 1)", "at least two"))
@@ -186,6 +230,10 @@ for other in (WIDE, ROW, COLUMN):
     case(exact.optimal_logprobs, X, other, 0.1, words=("scores", shape))
     case(exact.optimal_value, X, other, 0.1, words=("scores", shape))
     case(exact.best_of_n, X, other, 2, words=("scores", shape))
+    case(exact.frontier, X, other, [1.0], words=("scores", shape))
+    case(exact.frontier, X, X, [1.0], other, words=("gold_scores", shape))
+    case(exact.population_dpo_loss, X, other, X, 0.1, words=("ref_logprobs", shape))
+    case(exact.population_dpo_loss, X, X, other, 0.1, words=("scores", shape))
 for n in (0, -3):
     case(exact.best_of_n, X, X, n, words=("n", str(n)))
 case(exact.estimator_moments, V, normal(3, 2), words=("estimates", "(3, 2)", "(N, D)"))
@@ -230,13 +278,14 @@ def test_a_bad_argument_is_named_with_what_came_and_what_was_expected(at):
 
 
 def test_every_public_function_meets_a_bad_argument():
-    modules = (advantages, exact, kl, logprobs, masked, policy_losses, preference_losses)
+    modules = (advantages, exact, kl, logprobs, masked, policy_losses, preference_losses, reference_free_losses)
     public = {
         f for m in modules for f in vars(m).values() if callable(f) and getattr(f, "__module__", "") == m.__name__
     }
     tried = {case[0] for case in CASES}
     missing = {f.__name__ for f in public - tried if not f.__name__.startswith("_")}
-    assert missing <= {"Aggregation", "enumerate_responses"}, missing  # the latter: test_exact.py
+    # test_exact.py has the second; a table of differences can be made of any scores
+    assert missing <= {"Aggregation", "enumerate_responses", "preference_probabilities"}, missing
 
 
 ELEMENTWISE = [
@@ -249,6 +298,12 @@ ELEMENTWISE = [
     lambda p, q: preference_losses.hinge_dpo_loss(p, q, 0 * p, 0 * q, 0.1),
     lambda p, q: preference_losses.conservative_dpo_loss(p, q, 0 * p, 0 * q, 0.1, 0.1),
     lambda p, q: preference_losses.implicit_rewards(p, q, 0.1),
+    lambda p, q: preference_losses.kto_loss(p, q, p < q, 0 * torch.ones((), dtype=p.dtype), 0.1),
+    lambda p, q: preference_losses.simpo_loss(p, q, torch.full_like(p, 3), torch.full_like(q, 2), 2.0, 0.5),
+    lambda p, q: preference_losses.orpo_loss(p, q, torch.full_like(p, 3), torch.full_like(q, 2), 0.1),
+    kl.straight_through,
+    lambda p, q: kl.off_policy_k2(p, q, 0 * p), lambda p, q: kl.off_policy_k2(p, 0 * p, q),
+    lambda p, q: kl.off_policy_k3(p, q, 0 * p), lambda p, q: kl.off_policy_k3(p, 0 * p, q),
 ]  # fmt: skip
 
 

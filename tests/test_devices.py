@@ -34,6 +34,11 @@ def calls():
         "kl_k3": lambda: kl.kl_k3(x, y),
         "categorical_kl": lambda: kl.categorical_kl(x, y),
         "sequence_kl": lambda: kl.sequence_kl(x, y, mask),
+        "full_vocabulary_kl": lambda: kl.full_vocabulary_kl(logits, logits.flip(2), mask),
+        "straight_through": lambda: kl.straight_through(x, y),
+        "kl_reward_to_go_loss": lambda: kl.kl_reward_to_go_loss(x, y, mask),
+        "off_policy_k2": lambda: kl.off_policy_k2(x, y, x),
+        "off_policy_k3": lambda: kl.off_policy_k3(x, y, y),
         "kl_shaped_rewards": lambda: kl.kl_shaped_rewards(v, x, y, mask, 0.1),
         "rewards_to_go": lambda: advantages.rewards_to_go(x),
         "gae": lambda: torch.stack(advantages.gae(x, y, gamma=0.9, lam=0.9)),
@@ -52,11 +57,17 @@ def calls():
         "hinge_dpo_loss": lambda: preference_losses.hinge_dpo_loss(*four, 0.1),
         "conservative_dpo_loss": lambda: preference_losses.conservative_dpo_loss(*four, 0.1, 0.1),
         "implicit_rewards": lambda: preference_losses.implicit_rewards(v, v, 0.1),
+        "kto_loss": lambda: preference_losses.kto_loss(v, v, mask[:, 0], v[0], 0.1),
+        "simpo_loss": lambda: preference_losses.simpo_loss(v, v, mask.sum(1), mask.sum(1), 2.0, 0.5),
+        "orpo_loss": lambda: preference_losses.orpo_loss(-v.abs(), -v.abs(), mask.sum(1), mask.sum(1), 0.1),
         "exact.kl": lambda: exact.kl(x, y),
         "objective": lambda: exact.objective(x, y, x, 0.1),
         "optimal_logprobs": lambda: exact.optimal_logprobs(x, y, 0.1),
         "optimal_value": lambda: exact.optimal_value(x, y, 0.1),
         "best_of_n": lambda: exact.best_of_n(x, y, 3),
+        "frontier": lambda: torch.stack(exact.frontier(x, y, [0.5, 2.0], x)),
+        "preference_probabilities": lambda: exact.preference_probabilities(x),
+        "population_dpo_loss": lambda: exact.population_dpo_loss(x, y, x, 0.5),
         "estimator_moments": lambda: torch.stack(exact.estimator_moments(v, x[:, :1])[:1]),
         "policy.logits": lambda: policy.logits(prompts),
         "task.index": lambda: task.index(task.tokens),
@@ -97,13 +108,20 @@ def test_a_tensor_made_on_the_default_device_is_noticed():
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in NAMES if n.startswith(("kl_k", "reinforce", "clip", "approx", "dpo", "ipo", "hinge"))]
+    "name",
+    [
+        n
+        for n in NAMES
+        if n.startswith(("kl_k", "off", "straight", "reinforce", "clip", "approx", "dpo", "ipo", "hinge"))
+    ],
 )
 def test_elementwise_maths_runs_without_reading_its_data(name):
     with torch.device("meta"):
         x = torch.empty(5, 5, dtype=torch.float64)
         mod = policy_losses if hasattr(policy_losses, name) else kl if hasattr(kl, name) else preference_losses
-        arity = {"clipped_policy_loss": 3, "clipped_value_loss": 3, "clip_active": 3}.get(name, 2)
+        arity = dict.fromkeys(
+            ("clipped_policy_loss", "clipped_value_loss", "clip_active", "off_policy_k2", "off_policy_k3"), 3
+        ).get(name, 2)
         arguments = [x] * (4 if mod is preference_losses else arity)
         extra = {"clipfrac": (0.2,), "clip_active": (0.2,)}.get(name, (0.1,) if mod is preference_losses else ())
         assert getattr(mod, name)(*arguments, *extra).device.type == "meta"

@@ -12,10 +12,13 @@ from rlhfkit.exact import (
     best_of_n,
     enumerate_responses,
     estimator_moments,
+    frontier,
     kl,
     objective,
     optimal_logprobs,
     optimal_value,
+    population_dpo_loss,
+    preference_probabilities,
 )
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -231,6 +234,164 @@ def test_best_of_n_holds_where_probabilities_underflow_or_vanish(best_of_n=best_
         raises(ValueError, lambda n=n: best_of_n(*world(), n), "n")
 
 
+BETAS = [0.15, 0.3, 1.0, 2.0, 9.0]
+
+
+def test_the_frontier_has_the_value_of_the_optimum_at_every_price(frontier=frontier):
+    """E[score] - beta KL at a point of the curve is beta log Z, the largest there is."""
+    ref_logprobs, scores = world()
+    divergence, expected = frontier(ref_logprobs, scores, BETAS)
+    assert divergence.shape == expected.shape == (5, 2)
+    for k, beta in enumerate(BETAS):
+        close(expected[k] - beta * divergence[k], optimal_value(ref_logprobs, scores, beta))
+        best = (ref_logprobs + scores / beta).exp()
+        weights = best / best.sum(-1, keepdim=True)
+        close(expected[k], (weights * scores).sum(-1))
+    assert (divergence.diff(dim=0) < 0).all() and (expected.diff(dim=0) < 0).all()  # dearer: nearer, and worse
+
+
+def test_the_slope_of_the_frontier_is_the_price(frontier=frontier):
+    """d E[score] / d KL = beta, by central differences in log beta."""
+    ref_logprobs, scores = world()
+    h = 1e-4
+    for beta in BETAS:
+        divergence, expected = frontier(ref_logprobs, scores, [beta * math.exp(h), beta * math.exp(-h)])
+        slope = (expected[1] - expected[0]) / (divergence[1] - divergence[0])
+        close(slope, torch.full_like(slope, beta), rtol=1e-6, atol=0)
+
+
+def test_no_policy_lies_above_the_frontier(frontier=frontier):
+    """At the same KL another policy has a lower score: the tilted reference of another score is one."""
+    ref_logprobs, scores = world()
+    betas = torch.logspace(-2, 3, 400, dtype=torch.float64).tolist()
+    divergence, expected = frontier(ref_logprobs, scores, betas)
+    for seed in range(8):
+        other = (ref_logprobs + normal(2, 5, seed=seed)).log_softmax(-1)
+        for prompt, (d, e) in enumerate(zip(kl(other, ref_logprobs), (other.exp() * scores).sum(-1), strict=True)):
+            at = (divergence[:, prompt] > d).sum()  # the last point of the curve that is farther away
+            assert 0 < at < 400 and e < expected[at - 1, prompt]
+
+
+def test_the_frontier_of_a_proxy_is_judged_by_the_gold_score(frontier=frontier):
+    """With opposite scores what is gained is lost, with a constant nothing; the KL stays that of the proxy."""
+    ref_logprobs, scores = world()
+    divergence, expected = frontier(ref_logprobs, scores, BETAS)
+    for gold, right in ((-scores, -expected), (0 * scores + 3, 0 * expected + 3), (2 * scores + 1, 2 * expected + 1)):
+        same, judged = frontier(ref_logprobs, scores, BETAS, gold)
+        close(same, divergence)
+        close(judged, right)
+    raises(ValueError, lambda: frontier(ref_logprobs, scores, BETAS, scores[:, :4]), "gold_scores", "(2, 4)")
+    raises(ValueError, lambda: frontier(ref_logprobs, scores, [1.0, 0.0]), "beta", "0.0", "positive")
+
+
+def test_the_frontier_goes_from_the_reference_to_the_best_response(frontier=frontier):
+    ref_logprobs, scores = world()
+    divergence, expected = frontier(ref_logprobs, scores, [1e-3, 1e5])
+    best = scores.argmax(-1, keepdim=True)
+    close(divergence[0], -ref_logprobs.gather(-1, best)[:, 0])
+    close(expected[0], scores.gather(-1, best)[:, 0])
+    close(divergence[1], torch.zeros_like(divergence[1]), atol=1e-9, rtol=0)
+    close(expected[1], (ref_logprobs.exp() * scores).sum(-1), atol=1e-4, rtol=0)
+
+
+def test_preference_probabilities_by_hand(preference_probabilities=preference_probabilities):
+    """Scores log 3 and log 2: the odds of a win are 3 to 2."""
+    p = preference_probabilities(f64([[math.log(3), math.log(2)], [0.0, 1e3]]))
+    close(p, f64([[[0.5, 0.6], [0.4, 0.5]], [[0.5, 0.0], [1.0, 0.5]]]))
+
+
+def test_preference_probabilities_are_odds_of_strengths(preference_probabilities=preference_probabilities):
+    """p_ij / p_ji = exp(s_i) / exp(s_j), both ways sum to 1, and a constant does not matter."""
+    _, scores = world()
+    p = preference_probabilities(scores)
+    assert p.shape == (2, 5, 5)
+    close(p + p.transpose(1, 2), torch.ones_like(p))
+    strength = scores.exp()
+    close(p / p.transpose(1, 2), strength[:, :, None] / strength[:, None, :])
+    close(preference_probabilities(scores + 7), p)
+
+
+def population(scale=0.4):
+    """Policy, reference and scores of two prompts, all general."""
+    ref_logprobs, scores = world()
+    return (ref_logprobs + scale * normal(2, 5, seed=4)).log_softmax(-1), ref_logprobs, scores
+
+
+def test_population_dpo_loss_is_the_sum_over_all_ordered_pairs(population_dpo_loss=population_dpo_loss):
+    """Pair by pair and outcome by outcome, in plain numbers; a response against itself costs log 2."""
+    logprobs, ref_logprobs, scores = population()
+    for beta in (0.1, 1.0, 4.0):
+        expected = []
+        for p, q, s in zip(logprobs.tolist(), ref_logprobs.tolist(), scores.tolist(), strict=True):
+            total = 0.0
+            for (i, a), (j, b) in itertools.product(enumerate(s), repeat=2):
+                odds = math.exp(p[j] - q[j] - p[i] + q[i]) ** beta  # (pi/ref of the loser over that of the winner)^beta
+                total += math.exp(a) / (math.exp(a) + math.exp(b)) * math.log(1 + odds)
+                assert i != j or math.isclose(odds, 1)
+            expected.append(total / 25)
+        close(population_dpo_loss(logprobs, ref_logprobs, scores, beta), f64(expected))
+
+
+def test_population_dpo_loss_is_least_at_the_optimal_policy(population_dpo_loss=population_dpo_loss):
+    """No slope there and one in every other place; the least loss is half the mean entropy of a label."""
+    ref_logprobs, scores = world()
+    p = torch.sigmoid(scores[:, :, None] - scores[:, None, :])
+    entropy = -(p * p.log() + (1 - p) * (1 - p).log()).mean((1, 2)) / 2
+    for beta in (0.1, 1.0, 3.0):
+        best = (ref_logprobs + scores / beta).log_softmax(-1)
+        logits = leaf(best)
+        loss = population_dpo_loss(logits.log_softmax(-1), ref_logprobs, scores, beta)
+        close(loss.detach(), entropy)
+        close(torch.autograd.grad(loss.sum(), logits)[0], torch.zeros_like(best))
+        for seed in range(10):
+            other = leaf(best + 0.3 / beta * normal(2, 5, seed=seed))
+            worse = population_dpo_loss(other.log_softmax(-1), ref_logprobs, scores, beta)
+            assert (worse > loss + 1e-5).all()
+            slope = torch.autograd.grad(worse.sum(), other)[0]
+            assert (slope.abs().amax(-1) > 1e-4 * beta).all()
+            assert ((slope * (best - other.detach())).sum(-1) < 0).all()  # convex: the way to the optimum leads down
+
+
+def test_population_dpo_loss_at_the_reference_is_half_of_log_2_with_a_slope_to_the_better(
+    population_dpo_loss=population_dpo_loss,
+):
+    ref_logprobs, scores = world()
+    logits = leaf(ref_logprobs)
+    loss = population_dpo_loss(logits.log_softmax(-1), ref_logprobs, scores, 0.5)
+    close(loss.detach(), torch.full_like(loss.detach(), math.log(2) / 2))
+    (slope,) = torch.autograd.grad(loss.sum(), logits)
+    # of the N^2 pairs each response stands on both sides: -beta / N (its share of wins less one half)
+    wins = torch.sigmoid(scores[:, :, None] - scores[:, None, :]).mean(-1)
+    close(slope, -0.5 / 5 * (wins - 0.5))
+
+
+def test_population_dpo_loss_is_half_the_mean_over_sampled_labels(population_dpo_loss=population_dpo_loss):
+    """Uniform pairs labelled by Bradley-Terry: 200,000 of them, within four standard errors."""
+    logprobs, ref_logprobs, scores = (x[0].cpu() for x in population())
+    generator = torch.Generator().manual_seed(3)
+    i, j = torch.randint(5, (2, 200_000), generator=generator, device="cpu")
+    wins = torch.rand(200_000, generator=generator, dtype=torch.float64, device="cpu") < torch.sigmoid(
+        scores[i] - scores[j]
+    )
+    chosen, rejected = torch.where(wins, i, j), torch.where(wins, j, i)
+    ratio = logprobs - ref_logprobs
+    losses = torch.log1p(torch.exp(-0.7 * (ratio[chosen] - ratio[rejected])))
+    exact = population_dpo_loss(*(x[None] for x in (logprobs, ref_logprobs, scores)), 0.7)
+    assert abs(losses.mean() - 2 * exact[0]) < 4 * losses.std() / 200_000**0.5
+
+
+def test_population_dpo_loss_sees_ratios_only_and_holds_at_1e4_nats(population_dpo_loss=population_dpo_loss):
+    logprobs, ref_logprobs, scores = population()
+    loss = population_dpo_loss(logprobs, ref_logprobs, scores, 0.3)
+    close(population_dpo_loss(logprobs + 5, ref_logprobs - 2, scores + 1, 0.3), loss)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    close(population_dpo_loss(logprobs[:, order], ref_logprobs[:, order], scores[:, order], 0.3), loss)
+    far = population_dpo_loss(f64([[0.0, -1e4]]), f64([[0.0, 0.0]]), f64([[0.0, 0.0]]), 1.0)
+    close(far, f64([(math.log(2) + 0.5 * 1e4) / 4]))  # the equal pairs, each with chance 1/2, and the wrong one
+    for beta in (0.0, -1.0, float("nan"), INF):
+        raises(ValueError, lambda b=beta: population_dpo_loss(logprobs, ref_logprobs, scores, b), "beta")
+
+
 def test_estimator_moments_by_hand(estimator_moments=estimator_moments):
     mean, variance = estimator_moments(f64([0.25, 0.75]).log(), f64([[4.0, 0.0], [0.0, 8.0]]))
     close(mean, f64([1.0, 6.0]))
@@ -266,6 +427,16 @@ def _powers(ref_logprobs, scores, n, *, ties):
     return ties(ref_logprobs, f, g, n)
 
 
+def _population(*changes):
+    return edited(population_dpo_loss, *changes)
+
+
+def _weighted_sum(by):
+    weights = f"({by}.unsqueeze(-1) + {by}.unsqueeze(-2)).exp()"
+    return f"({weights} * preference_probabilities(scores) * losses).sum((-2, -1))"
+
+
+MEAN = "(preference_probabilities(scores) * losses).mean((-2, -1))"
 PLANTED = {
     "enumerate_responses": {
         "unfinished responses left out": lambda v, t, eos_id=None: (
@@ -362,6 +533,67 @@ PLANTED = {
             estimator_moments(p, g)[0],
             (p.exp()[:, None] * (g - estimator_moments(p, g)[0]).square()).sum(0),
         ),
+    },
+    "frontier": {
+        "in the other order": edited(frontier, ("for beta in betas]", "for beta in reversed(betas)]")),
+        "the other kl": edited(frontier, ("kl(logprobs, ref_logprobs) for", "kl(ref_logprobs, logprobs) for")),
+        "score under the reference": edited(
+            frontier, ("(logprobs.exp() * judged_by)", "(ref_logprobs.exp() * judged_by)")
+        ),
+        "optimal for the gold score": edited(
+            frontier,
+            ("optimal_logprobs(ref_logprobs, scores, beta)", "optimal_logprobs(ref_logprobs, judged_by, beta)"),
+        ),
+        "judged by the proxy": lambda q, s, betas, gold_scores=None: frontier(q, s, betas),
+        "gold scores broadcast": edited(
+            frontier, ("gold_scores=judged_by", "gold_scores=scores"), ("* judged_by)", "* judged_by[:, :1])")
+        ),
+        "temperature in place of beta": lambda q, s, betas, gold_scores=None: frontier(
+            q, s, [1 / b if b else b for b in betas], gold_scores
+        ),
+        "objective in place of the score": lambda q, s, betas, gold_scores=None: (
+            lambda d, e: (d, e - torch.tensor(betas, dtype=d.dtype)[:, None] * d)
+        )(*frontier(q, s, betas, gold_scores)),
+        "mean over prompts": lambda *a: tuple(x.mean(1, keepdim=True).expand_as(x) for x in frontier(*a)),
+        "prompts first": lambda *a: tuple(x.T for x in frontier(*a)),
+        "expected score first": lambda *a: frontier(*a)[::-1],
+    },
+    "preference_probabilities": {
+        "the loser's": lambda s: preference_probabilities(-s),
+        "not a sigmoid": lambda s: (s.unsqueeze(-1) > s.unsqueeze(-2)).to(s),
+        "normalised over the list": lambda s: s.softmax(-1).unsqueeze(-1).expand(*s.shape, s.shape[-1]),
+        "probit": lambda s: torch.special.ndtr(s.unsqueeze(-1) - s.unsqueeze(-2)),
+        "scores, not differences": lambda s: torch.sigmoid(s).unsqueeze(-1).expand(*s.shape, s.shape[-1]),
+        "nobody beats himself": lambda s: preference_probabilities(s) * (1 - torch.eye(s.shape[-1], dtype=s.dtype)),
+        "between prompts": lambda s: torch.sigmoid(s.unsqueeze(-1) - s.flip(0).unsqueeze(-2)),
+    },
+    "population_dpo_loss": {
+        "pairs i = j left out": lambda p, q, s, beta: (
+            (population_dpo_loss(p, q, s, beta) * s.shape[-1] - math.log(2) / 2) / (s.shape[-1] - 1)
+        ),
+        "per labelled comparison": lambda *a: population_dpo_loss(*a) * 2,
+        "sum": lambda *a: population_dpo_loss(*a) * a[0].shape[-1] ** 2,
+        "every pair the same weight": _population(("preference_probabilities(scores) * losses", "0.5 * losses")),
+        "the better one always wins": _population(
+            ("preference_probabilities(scores)", "(scores.unsqueeze(-1) >= scores.unsqueeze(-2)).to(scores)"),
+        ),
+        "the loser's probability": _population(
+            ("preference_probabilities(scores)", "preference_probabilities(-scores)")
+        ),
+        "weighted with the policy": _population((MEAN, _weighted_sum("logprobs"))),
+        "weighted with the reference": _population((MEAN, _weighted_sum("ref_logprobs"))),
+        "reference forgotten": lambda p, q, s, beta: population_dpo_loss(p, 0 * q, s, beta),
+        "beta forgotten": _population(("margins = beta * (", "margins = (")),
+        "divided by beta": _population(("margins = beta * (", "margins = 1 / beta * (")),
+        "beta on the scores": _population(
+            ("preference_probabilities(scores)", "preference_probabilities(scores / beta)")
+        ),
+        "wrong sign": lambda *a: -population_dpo_loss(*a),
+        "log of the sigmoid": _population(
+            ("-torch.nn.functional.logsigmoid(margins)", "-torch.sigmoid(margins).log()")
+        ),
+        "over prompts": lambda *a: population_dpo_loss(*a).mean().expand(len(a[0])),
+        "beta 0 accepted": _population(("_positive_beta(beta)", "pass")),
     },
 }
 EXEMPT = set()

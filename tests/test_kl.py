@@ -21,16 +21,24 @@ from planting import (
     raises,
     replaced,
 )
+from rlhfkit import exact
 from rlhfkit import kl as kl_module
 from rlhfkit.kl import (
     AdaptiveKLController,
     categorical_kl,
+    full_vocabulary_kl,
     kl_k1,
     kl_k2,
     kl_k3,
+    kl_reward_to_go_loss,
     kl_shaped_rewards,
+    off_policy_k2,
+    off_policy_k3,
     sequence_kl,
+    straight_through,
 )
+from rlhfkit.masked import masked_sum
+from rlhfkit.models import TabularPolicy
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -300,6 +308,179 @@ def test_sequence_kl_keeps_its_gradient(sequence_kl=sequence_kl):
     assert (slope != 0).equal(masks())
 
 
+class Sequences:
+    """All responses of up to three tokens, ended by token 0, under a policy and a reference that know every prefix."""
+
+    def __init__(self):
+        tokens, self.mask = exact.enumerate_responses(3, 3, 0)
+        self.policy, self.ref = (TabularPolicy(3, 3, 1, normal(1, 13, 3, seed=seed)) for seed in (5, 6))
+        sequences = torch.cat([torch.zeros_like(tokens[:, :1]), tokens], 1)
+        self.logits = self.policy.logits(sequences)[:, :-1]
+        self.ref_logits = self.ref.logits(sequences)[:, :-1].detach()
+        self.logprobs, self.ref_logprobs = (
+            x.log_softmax(-1).gather(2, tokens.unsqueeze(2)).squeeze(2) for x in (self.logits, self.ref_logits)
+        )
+        self.whole, self.ref_whole = (  # log-probabilities of whole responses, (N,)
+            torch.where(self.mask, x, 0.0).sum(1) for x in (self.logprobs, self.ref_logprobs)
+        )
+
+    def kl(self):
+        return exact.kl(self.whole.unsqueeze(0), self.ref_whole.unsqueeze(0))[0]
+
+    def gradient(self, x):
+        return torch.autograd.grad(x, self.policy.table, retain_graph=True)[0]
+
+    def mean(self, losses):
+        """Mean of a loss over all responses, whose probabilities are constant, as they are for samples."""
+        return (self.whole.exp().detach() * losses).sum()
+
+
+def test_full_vocabulary_kl_averages_to_the_exact_kl_with_less_variance_than_k1(full_vocabulary_kl=full_vocabulary_kl):
+    world = Sequences()
+    estimates = full_vocabulary_kl(world.logits, world.ref_logits, world.mask)
+    k1 = sequence_kl(world.logprobs, world.ref_logprobs, world.mask)
+    mean, variance = exact.estimator_moments(world.whole, estimates.unsqueeze(1))
+    close(mean[0], world.kl())
+    assert estimates.shape == k1.shape and (estimates >= 0).all() and (k1 < 0).any()
+    assert 0 < variance < exact.estimator_moments(world.whole, k1.unsqueeze(1))[1] / 2
+
+
+def test_full_vocabulary_kl_can_vary_where_k1_does_not(full_vocabulary_kl=full_vocabulary_kl):
+    """pi is ref given that the second token is 0: k1 is log 4/3 whatever was said, and the later costs differ."""
+    logits = f64([[[1 / 3, 2 / 3], [1.0, 0.0]], [[1 / 3, 2 / 3], [1.0, 0.0]]]).log()
+    ref_logits = f64([[[1 / 2, 1 / 2], [1 / 2, 1 / 2]], [[1 / 2, 1 / 2], [1.0, 0.0]]]).log()
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    first = math.log(2) - math.log(3) + 2 / 3 * math.log(2)  # 1/3 log 2/3 + 2/3 log 4/3
+    estimates = full_vocabulary_kl(logits, ref_logits, mask)
+    close(estimates, f64([first + math.log(2), first]))
+    close((f64([1 / 3, 2 / 3]) * estimates).sum(), f64(math.log(4 / 3)))
+
+
+def test_full_vocabulary_kl_as_a_loss_lacks_what_early_tokens_do_to_later_ones(full_vocabulary_kl=full_vocabulary_kl):
+    world = Sequences()
+    estimates = full_vocabulary_kl(world.logits, world.ref_logits, world.mask)
+    truth, direct = world.gradient(world.kl()), world.gradient(world.mean(estimates))
+    close(direct + world.gradient(world.mean(estimates.detach() * world.whole)), truth)
+    last = slice(4, None)  # prefixes of two tokens: nothing comes later
+    close(direct[:, last], truth[:, last])
+    assert (direct[:, 0] - truth[:, 0]).abs().max() > 0.01
+
+
+def test_full_vocabulary_kl_counts_the_mask_only_and_has_the_gradient_of_both(full_vocabulary_kl=full_vocabulary_kl):
+    logits, ref_logits = normal(5, 5, 3), normal(5, 5, 3, seed=1)
+    kl = lambda p, q: full_vocabulary_kl(p, q, masks())  # noqa: E731
+    ignores_padding(kl, masks().unsqueeze(-1), logits, ref_logits)
+    alone = [sum(categorical_kl(p[m], q[m])) for p, q, m in zip(logits, ref_logits, masks(), strict=True)]
+    close(kl(logits, ref_logits), torch.stack(alone))
+    for slope in gradients(kl, logits, ref_logits):
+        assert (slope != 0).any(-1).equal(masks())
+    assert full_vocabulary_kl(f64([[[0.0, 0.0]]]), f64([[[0.0, -INF]]]), masks()[3:4, :1]).item() == INF
+    assert full_vocabulary_kl(f64([[[float("nan"), 0.0]]]), f64([[[0.0, 0.0]]]), masks()[3:4, :1]).isnan().all()
+
+
+def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other(straight_through=straight_through):
+    for dtype in DTYPES:
+        value, surrogate = normal(6, dtype=dtype), 1e9 * normal(6, seed=1, dtype=dtype)
+        assert straight_through(value, surrogate).equal(value)  # to the last digit, whatever the surrogate
+        slopes = gradients(straight_through, value, surrogate)
+        close(slopes[0], torch.zeros_like(value))
+        close(slopes[1], normal(6, seed=99, dtype=dtype))
+    assert straight_through(f64([float("nan"), INF]), f64([1.0, 1.0]))[1] == INF
+    assert straight_through(f64([float("nan")]), f64([1.0])).isnan().all()
+
+
+def test_straight_through_k3_and_k2_is_the_kl_with_its_gradient(straight_through=straight_through):
+    combined = lambda p, q: straight_through(kl_k3(p, q), kl_k2(p, q))  # noqa: E731
+    logprobs, ref_logprobs = pair()
+    close((logprobs.exp() * combined(logprobs, ref_logprobs)).sum(), f64(true_kl(logprobs, ref_logprobs)))
+    close(expected_gradient(combined), gradient_of_kl())
+
+
+def test_kl_reward_to_go_has_the_exact_gradient_of_the_kl_of_whole_responses(kl_reward_to_go_loss=kl_reward_to_go_loss):
+    world = Sequences()
+    losses = kl_reward_to_go_loss(world.logprobs, world.ref_logprobs, world.mask)
+    truth = world.gradient(world.kl())
+    close(world.gradient(world.mean(losses.sum(1))), truth)
+    # and not that of the next token's KL, which is smaller at the first token
+    direct = world.gradient(world.mean(full_vocabulary_kl(world.logits, world.ref_logits, world.mask)))
+    assert (direct - truth).abs().max() > 0.01
+
+
+def test_kl_reward_to_go_by_hand(kl_reward_to_go_loss=kl_reward_to_go_loss):
+    """log-ratios 1, 2, -1, 4, -4 of five tokens: from each on to the end, where the mask lets them count."""
+    for dtype in DTYPES:
+        logprobs = torch.tensor([[-1.0, -2.0, -3.0, -4.0, -5.0]] * 5, dtype=dtype)
+        ref_logprobs = torch.tensor([[-2.0, -4.0, -2.0, -8.0, -1.0]] * 5, dtype=dtype)
+        weights = torch.tensor(
+            [[0, 0, -1, 0, -4], [3, 2, 0, 0, 0], [-4, 0, -5, 0, -4], [2, 1, -1, 0, -4], [0, 2, 0, 0, 0]], dtype=dtype
+        )
+        close(kl_reward_to_go_loss(logprobs, ref_logprobs, masks()), logprobs * weights)
+        leaves = leaf(logprobs), leaf(ref_logprobs)
+        loss = kl_reward_to_go_loss(*leaves, masks()).sum()
+        slope, ref_slope = torch.autograd.grad(loss, leaves, allow_unused=True)
+        close(slope, weights)
+        assert ref_slope is None  # the reference is constant
+
+
+def test_kl_reward_to_go_ignores_padding_and_does_not_hide_nan(kl_reward_to_go_loss=kl_reward_to_go_loss):
+    loss = lambda p, q: kl_reward_to_go_loss(p, q, masks())  # noqa: E731
+    ignores_padding(loss, masks(), normal(5, 5), normal(5, 5, seed=1))
+    logprobs = normal(1, 4).where(torch.arange(4) != 2, float("nan"))
+    got = kl_reward_to_go_loss(logprobs, normal(1, 4, seed=1), torch.ones(1, 4, dtype=torch.bool))
+    assert got.isnan().tolist() == [[True, True, True, False]]  # all that is weighed with the third token's k1
+
+
+OLD = [0.3, 0.2, -0.6, 0.5]
+
+
+def off_policy(estimate):
+    """Mean of an estimate over the actions of an older policy, and its gradient with respect to the logits of pi."""
+    old_logprobs, (_, ref_logprobs) = f64(OLD).log_softmax(-1), pair()
+    logits = leaf(f64(POLICY))
+    mean = (old_logprobs.exp() * estimate(logits.log_softmax(-1), old_logprobs, ref_logprobs)).sum()
+    return mean.detach(), torch.autograd.grad(mean, logits)[0]
+
+
+def passes_gradient_to_the_policy_only(estimate):
+    inputs = [normal(6, seed=seed) - 3 for seed in range(3)]
+    slope, *others = gradients(estimate, *inputs)
+    assert (slope != 0).all() and all((x == 0).all() for x in others)
+    for at in range(3):
+        assert estimate(*(x.where(torch.arange(6) != 2, float("nan")) if i == at else x for i, x in enumerate(inputs)))[
+            2
+        ].isnan()
+
+
+def test_off_policy_k2_has_the_gradient_of_kl_and_not_its_value(off_policy_k2=off_policy_k2):
+    mean, slope = off_policy(off_policy_k2)
+    close(slope, gradient_of_kl())
+    assert abs(mean.item() - true_kl(*pair())) > 0.05
+
+
+def test_off_policy_k2_on_samples_of_pi_itself_is_k2(off_policy_k2=off_policy_k2):
+    p, q = normal(6) - 3, normal(6, seed=1) - 3
+    close(off_policy_k2(p, p, q), kl_k2(p, q))
+    close(off_policy_k2(p, p - math.log(3), q), 3 * kl_k2(p, q))  # three times as probable as when it was sampled
+    close(off_policy_k2(f64([-1.0]), f64([-41.0]), f64([-3.0])), f64([2 * math.exp(40)]))  # nothing is clamped
+    passes_gradient_to_the_policy_only(off_policy_k2)
+
+
+def test_off_policy_k3_has_value_and_gradient_of_kl(off_policy_k3=off_policy_k3):
+    mean, slope = off_policy(off_policy_k3)
+    close(mean, f64(true_kl(*pair())))
+    close(slope, gradient_of_kl())
+
+
+def test_off_policy_k3_on_samples_of_pi_itself_is_k3_with_another_gradient(off_policy_k3=off_policy_k3):
+    """On-policy too: k3 alone has the gradient of the other KL, and the differentiated ratio repairs it."""
+    p, q = normal(6) - 3, normal(6, seed=1) - 3
+    close(off_policy_k3(p, p, q), kl_k3(p, q))
+    close(off_policy_k3(p, p - math.log(3), q), 3 * kl_k3(p, q))
+    close(off_policy_k3(f64([-1.0]), f64([-41.0]), f64([-1.0 + math.log(2)])), f64([(1 - math.log(2)) * math.exp(40)]))
+    close(expected_gradient(lambda p, q: off_policy_k3(p, p.detach(), q)), gradient_of_kl())
+    passes_gradient_to_the_policy_only(off_policy_k3)
+
+
 def _naive_categorical_kl(logits, ref_logits):
     p, q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
@@ -319,6 +500,10 @@ def _shaped_with(k):
             return kl_shaped_rewards(*arguments)
 
     return rewards
+
+
+def _to_go(*changes):
+    return edited(kl_reward_to_go_loss, *changes)
 
 
 PLANTED = {
@@ -425,6 +610,80 @@ PLANTED = {
         "multiplies by the mask": lambda p, q, m: ((p - q) * m).sum(1),
         "wrong sign": lambda p, q, m: sequence_kl(q, p, m),
         "detached": lambda p, q, m: sequence_kl(p, q, m).detach(),
+    },
+    "full_vocabulary_kl": {
+        "swapped arguments": lambda p, q, m: full_vocabulary_kl(q, p, m),
+        "mean over tokens": lambda p, q, m: full_vocabulary_kl(p, q, m) / m.sum(1),
+        "forgets the mask": lambda p, q, m: categorical_kl(p, q).sum(1),
+        "multiplies by the mask": lambda p, q, m: (categorical_kl(p, q) * m).sum(1),
+        "padding in the gradient": lambda p, q, m: masked_sum(categorical_kl(p, q), m, 1),
+        "one padded in the gradient": edited(
+            full_vocabulary_kl, ("ref_logits.masked_fill(padding, 0.0)", "ref_logits")
+        ),
+        "detached": lambda p, q, m: full_vocabulary_kl(p, q, m).detach(),
+        "reference detached": lambda p, q, m: full_vocabulary_kl(p, q.detach(), m),
+        "sum of k3 over the vocabulary": lambda p, q, m: torch.where(
+            m, kl_k3(p.log_softmax(-1), q.log_softmax(-1)).sum(-1), 0.0
+        ).sum(1),
+        "logits taken for log-probabilities": lambda p, q, m: torch.where(
+            m, (p.softmax(-1) * (p - q)).sum(-1), 0.0
+        ).sum(1),
+        "the likeliest token's k1": lambda p, q, m: torch.where(
+            m, (p.log_softmax(-1) - q.log_softmax(-1)).gather(-1, p.argmax(-1, keepdim=True))[..., 0], 0.0
+        ).sum(1),
+        "last token only": lambda p, q, m: torch.where(m, categorical_kl(p, q), 0.0)[:, -1],
+    },
+    "straight_through": {
+        "swapped arguments": lambda v, s: straight_through(s, v),
+        "digits lost": lambda v, s: (v - s).detach() + s,
+        "value not detached": lambda v, s: v + (s - s.detach()),
+        "sum of both": lambda v, s: v.detach() + s,
+        "no gradient": lambda v, s: v.detach() + 0 * s,
+        "gradient reversed": lambda v, s: v.detach() - (s - s.detach()),
+        "hides what is not finite": lambda v, s: straight_through(v.nan_to_num(), s),
+    },
+    "kl_reward_to_go_loss": {
+        "this token only": lambda p, q, m: torch.where(m, p * (p - q).detach(), 0.0),
+        "later tokens only": _to_go((".flip(1)\n", ".flip(1) - torch.where(response_mask, log_ratio, zero)\n")),
+        "tokens so far": _to_go((".flip(1).cumsum(1).flip(1)", ".cumsum(1)")),
+        "the whole response": _to_go((".flip(1).cumsum(1).flip(1)", ".sum(1, keepdim=True)")),
+        "k1 not detached": _to_go(("kl_k1(logprobs, ref_logprobs).detach()", "kl_k1(logprobs, ref_logprobs)")),
+        "wrong sign": lambda p, q, m: -kl_reward_to_go_loss(p, q, m),
+        "swapped arguments": lambda p, q, m: kl_reward_to_go_loss(q, p, m),
+        "k2 in its place": _to_go(("kl_k1(", "kl_k2(")),
+        "k3 in its place": _to_go(("kl_k1(", "kl_k3(")),
+        "padding counts as later": _to_go(("torch.where(response_mask, log_ratio, zero)", "log_ratio")),
+        "multiplies by the mask": _to_go(
+            ("torch.where(response_mask, log_ratio, zero)", "(log_ratio * response_mask)")
+        ),
+        "padding has a loss": _to_go(("torch.where(response_mask, logprobs * to_go, zero)", "logprobs * to_go")),
+        "probability in place of its logarithm": _to_go(("logprobs * to_go", "logprobs.exp() * to_go")),
+        "summed": lambda p, q, m: kl_reward_to_go_loss(p, q, m).sum(1, keepdim=True).expand_as(p),
+    },
+    "off_policy_k2": {
+        "ratio differentiated": edited(off_policy_k2, (".detach()\n", "\n")),
+        "ratio forgotten": lambda p, o, q: kl_k2(p, q.detach()) + 0 * o.detach(),
+        "ratio upside down": lambda p, o, q: torch.exp(o - p).detach() * kl_k2(p, q.detach()),
+        "ratio clipped": lambda p, o, q: torch.exp(p - o).clamp(0.8, 1.2).detach() * kl_k2(p, q.detach()),
+        "reference not detached": edited(off_policy_k2, ("ref_logprobs.detach()", "ref_logprobs")),
+        "k3 in its place": lambda p, o, q: torch.exp(p - o).detach() * kl_k3(p, q.detach()),
+        "to the old policy": lambda p, o, q: torch.exp(p - o).detach() * kl_k2(p, o.detach()) + 0 * q.detach(),
+        "of the old policy": lambda p, o, q: torch.exp(p - o) * kl_k2(o, q).detach(),
+    },
+    "off_policy_k3": {
+        "ratio constant": edited(
+            off_policy_k3,
+            ("torch.exp(logprobs - old_logprobs.detach())", "torch.exp(logprobs - old_logprobs).detach()"),
+        ),
+        "ratio forgotten": lambda p, o, q: kl_k3(p, q.detach()) + 0 * o.detach(),
+        "ratio upside down": lambda p, o, q: torch.exp(o.detach() - p) * kl_k3(p, q.detach()),
+        "ratio clipped": lambda p, o, q: torch.exp(p - o.detach()).clamp(0.8, 1.2) * kl_k3(p, q.detach()),
+        "k3 constant": lambda p, o, q: torch.exp(p - o.detach()) * kl_k3(p, q).detach(),
+        "k2 in its place": lambda p, o, q: torch.exp(p - o.detach()) * kl_k2(p, q.detach()),
+        "reference not detached": edited(off_policy_k3, ("ref_logprobs.detach()", "ref_logprobs")),
+        "old policy not detached": edited(off_policy_k3, ("old_logprobs.detach()", "old_logprobs")),
+        "of the old policy": lambda p, o, q: torch.exp(p - o.detach()) * kl_k3(o.detach(), q.detach()),
+        "swapped arguments": lambda p, o, q: torch.exp(p - o.detach()) * kl_k3(q.detach(), p),
     },
 }
 EXEMPT = set()

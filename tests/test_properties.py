@@ -98,6 +98,8 @@ def test_rows_of_a_batch_do_not_touch_each_other(mask, seed, cut):
         lambda s: logprobs.entropy(logits[s]),
         lambda s: kl.sequence_kl(p[s], q[s], mask[s]),
         lambda s: kl.kl_shaped_rewards(scores[s], p[s], q[s], mask[s], 0.1),
+        lambda s: kl.kl_reward_to_go_loss(p[s], q[s], mask[s]),
+        lambda s: kl.full_vocabulary_kl(logits[s], logits[s].roll(1, -1), mask[s]),
         lambda s: advantages.rewards_to_go(p[s], mask[s], 0.9),
     ]
     for function in functions:
@@ -111,6 +113,24 @@ def test_shaped_rewards_sum_to_score_minus_weighted_kl(mask, seed, kl_coef):
     scores = normal(len(mask), seed=seed + 9)
     total = kl.kl_shaped_rewards(scores, p, q, mask, kl_coef).sum(1)
     close(total, scores - kl_coef * kl.sequence_kl(p, q, mask))
+
+
+@given(masks(), SEEDS)
+def test_padding_content_changes_no_estimate_of_a_whole_kl(mask, seed):
+    logits, ref_logits = normal(*mask.shape, 3, seed=seed), normal(*mask.shape, 3, seed=seed + 1)
+    ignores_padding(lambda p, q: kl.kl_reward_to_go_loss(p, q, mask), mask, *world(mask, seed))
+    ignores_padding(lambda p, q: kl.full_vocabulary_kl(p, q, mask), mask.unsqueeze(-1), logits, ref_logits)
+
+
+@given(masks(), SEEDS)
+def test_reward_to_go_weighs_a_response_as_if_it_stood_alone_without_its_holes(mask, seed):
+    p, q = world(mask, seed)
+    whole = kl.kl_reward_to_go_loss(p, q, mask)
+    for b, keep in enumerate(mask):
+        if keep.any():
+            alone = kl.kl_reward_to_go_loss(p[b : b + 1, keep], q[b : b + 1, keep], torch.ones_like(keep[keep])[None])
+            close(whole[b, keep], alone[0])
+    close(whole[~mask], torch.zeros_like(whole[~mask]))
 
 
 LOGITS = st.lists(st.floats(-1e4, 1e4, width=32), min_size=2, max_size=6)
@@ -172,6 +192,47 @@ def test_preference_losses_are_finite_and_fall_with_the_margin(margins, dtype, b
         (slope,) = torch.autograd.grad(loss.sum(), h)
         assert loss.isfinite().all() and (loss >= 0).all() and (loss.diff() <= 0).all()
         assert slope.isfinite().all() and (slope <= 0).all() and (slope >= -beta * (1 + 1e-6)).all()
+
+
+MEANS = st.lists(st.floats(-80, -(2.0**-16), width=32), min_size=2, max_size=6)
+
+
+@given(MEANS, DTYPES, st.integers(1, 300), st.integers(1, 300))
+def test_losses_without_a_reference_are_finite_and_fall_with_the_chosen_likelihood(means, dtype, n, m):
+    chosen = torch.tensor(sorted(means), dtype=dtype)
+    leaves = (chosen * n).requires_grad_(), (chosen.flip(0) * m).requires_grad_()
+    lengths = torch.full_like(chosen, n), torch.full_like(chosen, m)
+    for loss in (
+        preference_losses.simpo_loss(*leaves, *lengths, 2.5, 1.0),
+        preference_losses.orpo_loss(*leaves, *lengths, 0.1),
+    ):
+        slopes = torch.autograd.grad(loss.sum(), leaves)
+        assert loss.isfinite().all() and (loss >= 0).all() and (loss.diff() <= 0).all()
+        assert all(slope.isfinite().all() for slope in slopes)
+        assert (slopes[0] <= 0).all() and (slopes[1] >= 0).all()
+
+
+@given(SMALL, DTYPES, st.floats(0, 20), st.sampled_from([0.01, 0.1, 1.0, 10.0]))
+def test_kto_losses_lie_between_zero_and_their_weight(log_ratios, dtype, z, beta):
+    h = torch.tensor(sorted(log_ratios), dtype=dtype).mul(100)
+    for liked, weight, sign in ((True, 1.5, -1), (False, 0.7, 1)):
+        labels = torch.full_like(h, liked, dtype=torch.bool)
+        loss = preference_losses.kto_loss(h, 0 * h, labels, h.new_tensor(z), beta, 1.5, 0.7)
+        assert (loss >= 0).all() and (loss <= weight).all() and (sign * loss.diff() >= 0).all()
+
+
+@given(SEEDS, st.sampled_from([0.2, 1.0, 3.0]), st.integers(2, 6))
+def test_the_population_s_dpo_loss_is_least_at_the_policy_of_highest_value(seed, beta, count):
+    ref_logprobs, scores, step = (normal(2, count, seed=seed + i) for i in range(3))
+    ref_logprobs = ref_logprobs.log_softmax(-1)
+    best = exact.optimal_logprobs(ref_logprobs, scores, beta)
+    other = (best + 0.2 * step).log_softmax(-1)
+    assert (
+        exact.population_dpo_loss(other, ref_logprobs, scores, beta)
+        >= exact.population_dpo_loss(best, ref_logprobs, scores, beta)
+    ).all()
+    divergence, expected = exact.frontier(ref_logprobs, scores, [beta])
+    close(expected[0] - beta * divergence[0], exact.optimal_value(ref_logprobs, scores, beta))
 
 
 GROUPS = st.lists(st.lists(st.floats(-100, 100, width=32), min_size=3, max_size=3), min_size=1, max_size=4)

@@ -1,5 +1,6 @@
-"""Supervised fine-tuning and reward models: gradients by hand, exact limits, and runs that stop and go on."""
+"""Fine-tuning, reward models and DPO: gradients by hand, exact limits, and runs that stop and go on."""
 
+import inspect
 import itertools
 import math
 import tempfile
@@ -12,16 +13,20 @@ from torch import nn
 
 from planting import close, edited, f64, raises
 from rlhfkit.models import GPT, GPTConfig, ScalarModel
+from rlhfkit.preference_losses import dpo_loss, ipo_loss
 from rlhfkit.train_preference import (
-    bf16_autocast,
-    decayed,
-    muon_and_adamw,
+    _in_pieces,
+    _joined_pairs,
+    _sequence_logprobs,
+    pair_logprobs,
     response_nll,
     score_responses,
+    train_dpo,
     train_reward_model,
     train_sft,
 )
-from rlhfkit.training import device_of
+from rlhfkit.train_sft import muon_and_adamw
+from rlhfkit.training import bf16_autocast, decayed, device_of
 
 WHERE = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SIZES = {"vocab_size": 8, "n_positions": 12, "n_embd": 8, "n_layer": 1, "n_head": 2, "pad_id": 0}
@@ -170,6 +175,15 @@ LOOPS = {
         )
         and model
     ),
+    "dpo": lambda train, **settings: (
+        train(
+            (model := gpt(0.1).float()),
+            gpt(0.2).float(),
+            *pairs_of_numbers(16),
+            **{"batch_size": 4, "warmup": 2, "lr": 1e-3, **settings},
+        )
+        and model
+    ),
 }
 
 
@@ -181,7 +195,7 @@ class Stop(Exception):
     pass
 
 
-def stops_and_goes_on(loop, train):
+def stops_and_goes_on(loop, train, *more):
     """Stopped after any step: the file leads to the same weights, bit for bit, dropout included; other runs refused."""
 
     def stop_at(stop):
@@ -218,6 +232,7 @@ def stops_and_goes_on(loop, train):
             {"weight_decay": 0.5},
             {"max_grad_norm": 2.0},
             {"bf16": True},
+            *more,
         ):
             again = lambda c=changes: LOOPS[loop](train, **settings | c)  # noqa: E731
             raises(ValueError, again, "another recipe", next(iter(changes)))
@@ -424,6 +439,211 @@ def test_scores_are_those_of_every_row_alone(score_responses=score_responses):
     close(score_responses(model, nn.functional.pad(PROMPTS, (4, 0)), nn.functional.pad(RESPONSES, (0, 2))), by_hand)
 
 
+# --- DPO ---------------------------------------------------------------------------------------------------------
+
+
+def reference(**changes):
+    """Another model than ``gpt()``, in double precision."""
+    model = gpt(**changes)
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.mul_(0.8 if number % 2 else -0.8)
+    return model
+
+
+def logprob_by_hand(model, prompt, response):
+    """Of a response, token by token and without padding."""
+    said, total = real(prompt), 0.0
+    for token in real(response):
+        total = total + model.logits(torch.tensor([said]))[0, -1].log_softmax(-1)[token]
+        said.append(token)
+    return total
+
+
+def sides_by_hand(model):
+    return [
+        torch.stack([logprob_by_hand(model, p, y) for p, y in zip(PROMPTS, side, strict=True)])
+        for side in (RESPONSES, OTHERS)
+    ]
+
+
+def test_one_step_of_dpo_is_the_gradient_of_the_mean_over_pairs(train_dpo=train_dpo):
+    """With the reference run before and in each step, for two losses; the metrics are those before the step."""
+    losses_of = {
+        dpo_loss: lambda h, beta: (1 + torch.exp(-beta * h)).log(),
+        ipo_loss: lambda h, beta: h.square() - h / beta + 1 / (4 * beta * beta),
+    }
+    for (loss, by_hand), precompute, beta in itertools.product(losses_of.items(), (True, False), (0.1, 0.7)):
+        model, ref = gpt(), reference()
+        (chosen, rejected), (ref_chosen, ref_rejected) = sides_by_hand(model), [x.detach() for x in sides_by_hand(ref)]
+        losses = by_hand((chosen - ref_chosen) - (rejected - ref_rejected), beta)
+        before = weights(ref)
+        settings = {"beta": beta, "loss": loss, "precompute": precompute}
+        got, metrics = change_of(train_dpo, gpt(), ref, PROMPTS, RESPONSES, OTHERS, **settings)
+        norm = same_gradient(got, losses.mean(), model)
+        rewards, ref_rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+        right = (rewards > ref_rewards).double().mean().item()
+        assert 0 < right < 1 and norm > 0.1
+        hand = {
+            "loss": losses.mean().item(),
+            "rewards/chosen": rewards.mean().item(),
+            "rewards/rejected": ref_rewards.mean().item(),
+            "rewards/accuracies": right,
+            "rewards/margins": (rewards - ref_rewards).mean().item(),
+            "logps/chosen": chosen.mean().item(),
+            "logps/rejected": rejected.mean().item(),
+            "grad_norm": norm,
+            "lr": 1.0,
+        }
+        assert metrics.keys() == hand.keys()
+        close(f64(list(metrics.values())), f64([hand[name] for name in metrics]))
+        assert all(a.equal(b) for a, b in zip(before, weights(ref), strict=True))
+        assert all(p.grad is None for p in ref.parameters())
+
+
+def test_more_padding_changes_nothing_in_dpo(train_dpo=train_dpo):
+    wide = nn.functional.pad(PROMPTS, (2, 0)), nn.functional.pad(RESPONSES, (0, 3)), nn.functional.pad(OTHERS, (0, 9))
+    for precompute in (True, False):
+        a, metrics = change_of(train_dpo, gpt(), reference(), PROMPTS, RESPONSES, OTHERS, precompute=precompute)
+        b, same = change_of(train_dpo, gpt(), reference(), *wide, precompute=precompute)
+        for x, y in zip(a, b, strict=True):
+            close(x, y)
+        close(f64(list(metrics.values())), f64(list(same.values())))
+
+
+def test_dpo_takes_the_same_steps_with_the_reference_known_before(train_dpo=train_dpo):
+    data = pairs_of_numbers(16)
+    settings = {"steps": 6, "batch_size": 4, "lr": 1e-2, "warmup": 1, "beta": 0.5}
+    runs = {}
+    for precompute in (True, False):
+        model = gpt(0.1)
+        runs[precompute] = train_dpo(model, reference(spread=0.2), *data, **settings, precompute=precompute), model
+    for a, b in zip(runs[True][0], runs[False][0], strict=True):
+        close(f64(list(a.values())), f64(list(b.values())))
+    for x, y in zip(weights(runs[True][1]), weights(runs[False][1]), strict=True):
+        close(x, y)
+    assert runs[True][0][5]["rewards/margins"] != runs[True][0][0]["rewards/margins"]
+
+
+def test_dpo_asks_a_known_reference_before_the_first_step_only(train_dpo=train_dpo):
+    for precompute, rising in ((True, False), (False, True)):
+        ref, asked, counts = reference(spread=0.1), [], []
+        logits = ref.logits
+        ref.logits = lambda tokens, logits=logits, asked=asked: asked.append(len(tokens)) or logits(tokens)
+        settings = {"steps": 3, "batch_size": 4, "precompute": precompute}
+        tell = lambda step, metrics, asked=asked, counts=counts: counts.append(sum(asked))  # noqa: E731
+        train_dpo(gpt(0.1), ref, *pairs_of_numbers(16), **settings, on_step=tell)
+        assert counts == ([8, 16, 24] if rising else [32, 32, 32])  # responses
+
+
+def test_dpo_keeps_dropout_off_in_policy_and_reference(train_dpo=train_dpo):
+    for precompute in (True, False):
+        model, ref = gpt(dropout=0.5).train(), reference(dropout=0.5).train()
+        a, metrics = change_of(train_dpo, model, ref, PROMPTS, RESPONSES, OTHERS, precompute=precompute)
+        b, same = change_of(train_dpo, gpt(), reference(), PROMPTS, RESPONSES, OTHERS, precompute=precompute)
+        assert metrics == same and not model.training
+        for x, y in zip(a, b, strict=True):
+            close(x, y)
+
+
+def test_dpo_starts_at_log_2_from_its_own_reference_and_reaches_the_odds_of_the_labels(train_dpo=train_dpo):
+    """Two responses, of which the first wins 3 of 4 times: beta h = log 3, and the loss is the entropy of a label."""
+    first, second = torch.tensor([[2, 4, 1]]), torch.tensor([[3, 1, 0]])
+    chosen, rejected = torch.cat([first] * 3 + [second]), torch.cat([second] * 3 + [first])
+    prompts, model = torch.full((4, 1), 5), gpt(0.1)
+    ref = gpt(0.1)
+    settings = {"steps": 60, "batch_size": 4, "lr": 1e-2, "warmup": 5, "beta": 0.5}
+    history = train_dpo(model, ref, prompts, chosen, rejected, **settings)
+    assert math.isclose(history[0]["loss"], math.log(2)) and history[0]["rewards/margins"] == 0
+    entropy = 0.25 * math.log(4) + 0.75 * math.log(4 / 3)
+    assert entropy - 1e-9 < history[-1]["loss"] < entropy + 1e-3
+    with torch.no_grad():
+        h = sum(
+            sign * (logprob_by_hand(model, prompts[0], y) - logprob_by_hand(ref, prompts[0], y))
+            for sign, y in ((1, first[0]), (-1, second[0]))
+        )
+    assert abs(0.5 * h.item() - math.log(3)) < 0.05
+
+
+def test_dpo_calls_back_in_evaluation_mode(train_dpo=train_dpo):
+    seen, model = [], gpt(0.1).float()
+    tell = lambda step, metrics: seen.append((step, metrics, model.training))  # noqa: E731
+    settings = {"steps": 3, "batch_size": 4, "warmup": 1}
+    history = train_dpo(model, reference(spread=0.1).float(), *pairs_of_numbers(16), **settings, on_step=tell)
+    assert seen == [(step, row, False) for step, row in enumerate(history)] and len(seen) == 3
+    close(f64([row["lr"] for row in history]), f64([0.5, 1.0, 0.5]) * 1e-4)
+    assert all(type(x) is float for row in history for x in row.values())
+
+
+def test_dpo_refuses_what_does_not_fit_its_own_policy_as_reference_and_what_is_not_finite(train_dpo=train_dpo):
+    def train(policy, ref, *data, **settings):
+        return lambda: train_dpo(policy, ref, *data, **ONE_STEP | settings)
+
+    for data in ((PROMPTS[:2], RESPONSES, OTHERS), (PROMPTS, RESPONSES[:2], OTHERS), (PROMPTS, RESPONSES, OTHERS[:2])):
+        raises(ValueError, train(gpt(), reference(), *data), "prompts, chosen, rejected", "2", "one row per pair")
+    none = PROMPTS[:0], RESPONSES[:0], OTHERS[:0]
+    raises(ValueError, train(gpt(), reference(), *none), "prompts, chosen, rejected", "0", "at least one")
+    model = gpt()
+    before = weights(model)
+    raises(ValueError, train(model, model, PROMPTS, RESPONSES, OTHERS), "ref", "the policy itself", "log 2")
+    bad = reference()
+    with torch.no_grad():
+        bad.norm.bias[0] = math.nan
+    raises(FloatingPointError, train(model, bad, PROMPTS, RESPONSES, OTHERS), "step 0", "loss")
+    assert all(a.equal(b) for a, b in zip(before, weights(model), strict=True))
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_dpo_on_this_device_learns_as_in_double_precision(where):
+    data, settings = pairs_of_numbers(64), {"steps": 6, "batch_size": 16, "warmup": 2, "lr": 1e-3}
+    exact = train_dpo(gpt(0.1), reference(spread=0.1), *data, **settings)
+    for precompute in (True, False):
+        both = gpt(0.1).float().to(where), reference(spread=0.1).float().to(where)
+        history = train_dpo(*both, *data, **settings, precompute=precompute)
+        close(f64([row["loss"] for row in history]), f64([row["loss"] for row in exact]), atol=2e-3, rtol=0)
+        assert device_of(both[0]).type == where
+        both = gpt(0.1).float().to(where), reference(spread=0.1).float().to(where)
+        half = train_dpo(*both, *data, **settings, precompute=precompute, bf16=True)
+        close(f64([row["loss"] for row in half]), f64([row["loss"] for row in exact]), atol=3e-2, rtol=0)
+        assert half != history and next(both[0].parameters()).dtype == torch.float32
+
+
+def test_logprobs_of_pairs_are_those_of_every_response_alone(pair_logprobs=pair_logprobs):
+    model = gpt()
+    chosen, rejected = sides_by_hand(model)
+    wide = nn.functional.pad(PROMPTS, (2, 0)), nn.functional.pad(RESPONSES, (0, 2)), nn.functional.pad(OTHERS, (0, 5))
+    for size, data in itertools.product((1, 2, 256), ((PROMPTS, RESPONSES, OTHERS), wide)):
+        got = pair_logprobs(model, *data, size)
+        close(got[0], chosen.detach())
+        close(got[1], rejected.detach())
+        assert not any(x.requires_grad for x in got)
+    raises(ValueError, lambda: pair_logprobs(model, PROMPTS, RESPONSES, OTHERS[:2]), "rejected", "2", "one row")
+
+
+class Coin:
+    """A policy without parameters: every token has probability 1/8, in half precision."""
+
+    pad_id = 0
+
+    def logits(self, tokens):
+        return torch.ones(*tokens.shape, 8, dtype=torch.bfloat16)
+
+
+def test_logprobs_of_pairs_come_in_single_precision_from_any_policy(pair_logprobs=pair_logprobs):
+    for got, side in zip(pair_logprobs(Coin(), PROMPTS, RESPONSES, OTHERS), (RESPONSES, OTHERS), strict=True):
+        close(got, -(side != 0).sum(1) * math.log(8))
+        assert got.dtype == torch.float32
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_logprobs_of_pairs_come_back_to_the_cpu(where):
+    model = gpt().float().to(where)
+    found = pair_logprobs(model, PROMPTS, RESPONSES, OTHERS)
+    assert {x.device.type for x in found} == {"cpu"}
+    for got, exact in zip(found, sides_by_hand(gpt()), strict=True):
+        close(got, exact.detach().float(), atol=1e-3, rtol=1e-4)
+
+
 # --- the parts ---------------------------------------------------------------------------------------------------
 
 
@@ -479,6 +699,10 @@ def test_reward_models_stopped_anywhere_end_with_the_same_weights(train_reward_m
     stops_and_goes_on("reward", train_reward_model)
 
 
+def test_dpo_stopped_anywhere_ends_with_the_same_weights(train_dpo=train_dpo):
+    stops_and_goes_on("dpo", train_dpo, {"beta": 0.2}, {"loss": ipo_loss}, {"precompute": False})
+
+
 def _sft(*changes):
     return edited(train_sft, *changes)
 
@@ -489,6 +713,33 @@ def _reward(*changes):
 
 def _nll(*changes):
     return edited(response_nll, *changes)
+
+
+def _dpo(*changes):
+    return edited(train_dpo, *changes)
+
+
+def _with(function, *changes, **names):
+    """The function with other helpers, and changes of its own."""
+    changed = edited(function, *changes)
+    inspect.unwrap(changed).__globals__.update(names)
+    return changed
+
+
+def _with_logprobs(function, *changes):
+    """The function where whole sequences have other log-probabilities, on either way to them."""
+    changed = edited(function)
+    names = inspect.unwrap(changed).__globals__
+    names["_sequence_logprobs"] = edited(_sequence_logprobs, *changes)
+    for name in ("_in_pieces", "pair_logprobs"):
+        if name != function.__name__:
+            names[name] = _with(names[name], **{n: names[n] for n in ("_sequence_logprobs", "_in_pieces")})
+    return changed
+
+
+FREE = ("@torch.no_grad()\n", "")
+LONGER = "torch.maximum(*(tokens != pad_id).sum(1).chunk(2))"
+WHOLE = "next_token_logprobs(logits, tokens), mask[:, 1:]"
 
 
 JOIN = "tokens, mask = join_right_padded(prompts, responses, model.pad_id)"
@@ -543,8 +794,8 @@ PLANTED = {
         "first token's score": _reward(("model.scores(both)", "model.values(both)[:, 0]")),
         "score at the padding": _reward(("model.scores(both)", "model.values(both)[:, -1]")),
         "score before the end": _reward(("model.scores(both)", "model.scores(both, (both != pad_id) & (both != 1))")),
-        "width of the chosen": _reward(
-            ("torch.maximum((winners != pad_id).sum(1), (losers != pad_id).sum(1))", "(winners != pad_id).sum(1)")
+        "width of the chosen": _with(
+            train_reward_model, _joined_pairs=edited(_joined_pairs, (LONGER, "(tokens != pad_id).sum(1).chunk(2)[0]"))
         ),
         "dropout left off": _reward(("    model.train()\n", "")),
         "left in training mode": _reward(("    model.eval()\n", "")),
@@ -553,6 +804,92 @@ PLANTED = {
         "the seed does not matter": _reward(("batch_size, seed, step)", "batch_size, 0, step)")),
         "rows not compared": _reward(("len(prompts) == len(chosen) == len(rejected)", "len(prompts) == len(chosen)")),
         "margins broadcast": _reward(("margins.shape != (count,)", "False")),
+    },
+    "train_dpo": {
+        "swapped": _dpo(("chosen_logprobs, rejected_logprobs), (ref", "rejected_logprobs, chosen_logprobs), (ref")),
+        "references swapped": _dpo(("(ref_chosen, ref_rejected) =", "(ref_rejected, ref_chosen) =")),
+        "reference forgotten": _dpo(
+            ("rejected_logprobs, ref_chosen, ref_rejected", "rejected_logprobs, 0 * ref_chosen, 0 * ref_rejected")
+        ),
+        "the policy as reference": _dpo(("_in_pieces(ref,", "_in_pieces(policy,")),
+        "the policy as known reference": _dpo(("pair_logprobs(ref,", "pair_logprobs(policy,")),
+        "known reference of other rows": _dpo(("side[rows] for", "side[: len(rows)] for")),
+        "known before all the same": _dpo(("if precompute else None", "if True else None")),
+        "beta forgotten": _dpo(("ref_chosen, ref_rejected, beta)", "ref_chosen, ref_rejected, 0.1)")),
+        "always the same loss": _dpo(("losses = loss(", "losses = dpo_loss(")),
+        "sum over pairs": _dpo(("losses.mean(), rate", "losses.sum(), rate")),
+        "prompt tokens count": _with_logprobs(
+            train_dpo, (WHOLE, "next_token_logprobs(logits, tokens), tokens[:, 1:] != 0")
+        ),
+        "padding counts": _with_logprobs(
+            train_dpo, (WHOLE, "next_token_logprobs(logits, tokens), mask[:, 1:] | (tokens[:, 1:] == 0)")
+        ),
+        "the end does not count": _with_logprobs(
+            train_dpo, (WHOLE, "next_token_logprobs(logits, tokens), mask[:, 1:] & (tokens[:, 1:] != 1)")
+        ),
+        "shifted by one": _with_logprobs(train_dpo, (WHOLE, "next_token_logprobs(logits, tokens), mask[:, :-1]")),
+        "mean per token": _with_logprobs(
+            train_dpo, ("return sequence_logprobs", "return 1 / mask.sum(1) * sequence_logprobs")
+        ),
+        "width of the chosen": _with(
+            train_dpo, _joined_pairs=edited(_joined_pairs, (LONGER, "(tokens != pad_id).sum(1).chunk(2)[0]"))
+        ),
+        "sides joined in the other order": _with(
+            train_dpo, _joined_pairs=edited(_joined_pairs, ("[chosen, rejected]", "[rejected, chosen]"))
+        ),
+        "dropout": _dpo(("    policy.eval()\n", "    policy.train()\n")),
+        "dropout of the reference": _dpo(("    ref.eval()\n", "")),
+        "left as it came": _dpo(("    policy.eval()\n", "")),
+        "the seed does not matter": _dpo(("batch_size, seed, step)", "batch_size, 0, step)")),
+        "the seed is not in the recipe": _dpo(('"seed": seed', '"seed": 0')),
+        "beta is not in the recipe": _dpo(('"beta": beta', '"beta": 0')),
+        "the loss is not in the recipe": _dpo(('getattr(loss, "__name__", type(loss).__name__)', '"loss"')),
+        "not clipped, not in the recipe": _dpo(('"max_grad_norm": max_grad_norm', '"max_grad_norm": 0')),
+        "constant learning rate": _dpo(("cosine_lr(step, steps, lr, warmup)", "lr")),
+        "rows not compared": _with(train_dpo, _require_rows=lambda prompts, chosen, rejected: None),
+        "its own reference accepted": _dpo(("if ref is policy:", "if False:")),
+        "rewards without the reference": _dpo(
+            ("implicit_rewards(logprobs, ref_logprobs", "implicit_rewards(logprobs, 0 * ref_logprobs")
+        ),
+        "a tie is right": _dpo(("(margins > 0)", "(margins > -9)")),
+        "margins of probabilities": _dpo(
+            ("margins = rewards_chosen - rewards_rejected", "margins = (chosen_logprobs - rejected_logprobs).detach()")
+        ),
+        "metrics swapped": _dpo(('"logps/chosen": chosen_logprobs', '"logps/chosen": rejected_logprobs')),
+        "metrics after the loss is scaled": _dpo(('means = {"loss": losses', 'means = {"loss": beta * losses')),
+        "history not told": _dpo(("on_step(step, run.history[-1])", "on_step(step, {})")),
+        "the reference is trained": _dpo(
+            (
+                "decayed(policy.named_parameters(), weight_decay)",
+                "decayed([*policy.named_parameters(), *ref.named_parameters()], weight_decay)",
+            ),
+            ("_in_pieces(ref, both, mask, at_once)", "_sequence_logprobs(ref, both, mask)"),
+            ("losses = loss(", "losses = (lambda c, r, p, q, b: torch.nn.functional.softplus(-b * (c - r - p + q)))("),
+        ),
+    },
+    "pair_logprobs": {
+        "rejected first": lambda *a: pair_logprobs(*a)[::-1],
+        "per token": _with_logprobs(
+            pair_logprobs, ("return sequence_logprobs", "return 1 / mask.sum(1) * sequence_logprobs")
+        ),
+        "prompt tokens count": _with_logprobs(
+            pair_logprobs, (WHOLE, "next_token_logprobs(logits, tokens), tokens[:, 1:] != 0")
+        ),
+        "padding counts": _with_logprobs(
+            pair_logprobs, (WHOLE, "next_token_logprobs(logits, tokens), mask[:, 1:] | (tokens[:, 1:] == 0)")
+        ),
+        "the end does not count": _with_logprobs(
+            pair_logprobs, (WHOLE, "next_token_logprobs(logits, tokens), mask[:, 1:] & (tokens[:, 1:] != 1)")
+        ),
+        "in half precision": _with_logprobs(pair_logprobs, ("logits.float() if", "logits if")),
+        "first piece again": lambda m, p, c, r, n=256: tuple(
+            x.repeat(len(p))[: len(p)] for x in pair_logprobs(m, p[:n], c[:n], r[:n], n)
+        ),
+        "with gradient": _with(pair_logprobs, FREE, _in_pieces=edited(_in_pieces, FREE)),
+        "rows not compared": _with(pair_logprobs, _require_rows=lambda prompts, chosen, rejected: None),
+        "chosen twice": lambda m, p, c, r, n=256: (
+            pair_logprobs(m, p, c, c, n) if len(r) == len(p) else pair_logprobs(m, p, c, r)
+        ),
     },
     "score_responses": {
         "at the end of the row": edited(
