@@ -52,9 +52,8 @@ MEASURED = [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 28]  # steps of PPO after w
 PROMPTS, HELD_OUT, BETA, BETA_PAIRS = 128, 256, 0.1, 500
 ARMS = [*(f"pairs {count}" for count in SIZES), "length", "min", "mean"]
 
-JOBS = [("best_of_n", arm, 0.0) for arm in ARMS]  # part, arm, beta
-JOBS += [("ppo", arm, 0.0) for arm in ARMS if arm not in ("min", "mean")]
-JOBS += [("ppo", f"pairs {BETA_PAIRS}", BETA), ("ppo", "min", 0.0)]
+JOBS = [(part, arm, 0.0) for part in ("best_of_n", "ppo") for arm in ARMS]  # part, arm, beta
+JOBS += [("ppo", f"pairs {BETA_PAIRS}", BETA)]
 
 Judge = Callable[[Tensor, Tensor], Tensor]  # prompts and responses -> scores
 
