@@ -348,7 +348,7 @@ WRONG_CLAIMS: dict[str, WrongClaim] = {
     ),
     "W-DPO-5": WrongClaim(
         "The DPO loss can be 0 while the KL divergence is infinite.",
-        "Both hold only as limits. With a reference that gives every response some probability, the loss is positive and KL(π‖π_ref) is at "
+        "Both hold only as limits. With a policy and a reference that give every response some probability, the loss is positive and KL(π‖π_ref) is at "
         "most log(1/min π_ref); it grows without bound only as the reference's least probability goes to 0.",
         7,
     ),
