@@ -26,7 +26,7 @@ from rlhfkit.train_preference import (
     train_sft,
 )
 from rlhfkit.train_sft import muon_and_adamw
-from rlhfkit.training import bf16_autocast, decayed, device_of
+from rlhfkit.training import device_of
 
 WHERE = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SIZES = {"vocab_size": 8, "n_positions": 12, "n_embd": 8, "n_layer": 1, "n_head": 2, "pad_id": 0}
@@ -652,27 +652,6 @@ def test_device_of_a_model_on_this_device(where):
     assert device_of(gpt().to(where)).type == where
 
 
-def test_bf16_is_for_matrix_products_and_only_if_asked_for(bf16_autocast=bf16_autocast):
-    x = torch.full((2, 2), 1.001)
-    with bf16_autocast(torch.device("cpu"), True):
-        product, total = x @ x, x.sum()
-    assert (product.dtype, total.dtype) == (torch.bfloat16, torch.float32)
-    with bf16_autocast(torch.device("cpu"), False):
-        assert (x @ x).dtype == torch.float32
-    assert (x @ x).dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-
-
-def test_matrices_decay_and_vectors_do_not(decayed=decayed):
-    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2), nn.Embedding(4, 3))
-    groups = decayed(model.named_parameters(), 0.3)
-    by_decay = {group["weight_decay"]: [id(p) for p in group["params"]] for group in groups}
-    assert by_decay == {
-        0.3: [id(model[0].weight), id(model[2].weight)],
-        0.0: [id(model[0].bias), id(model[1].weight), id(model[1].bias)],
-    }
-    assert len(groups) == 2
-
-
 def test_every_parameter_has_one_optimiser_and_muon_those_inside_the_blocks(muon_and_adamw=muon_and_adamw):
     model = gpt(n_layer=2)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -901,18 +880,6 @@ PLANTED = {
         "without the prompt": lambda m, p, y, n=256: score_responses(m, p[:, -1:], y, n),
         "first batch only": lambda m, p, y, n=256: score_responses(m, p[:n], y[:n], n).repeat(len(p))[: len(p)],
         "with gradient": edited(score_responses, ("@torch.no_grad()\n", "")),
-    },
-    "bf16_autocast": {
-        "always": lambda device, bf16: bf16_autocast(device, True),
-        "never": lambda device, bf16: bf16_autocast(device, False),
-        "turned": lambda device, bf16: bf16_autocast(device, not bf16),
-        "in double": lambda device, bf16: torch.autocast(device.type, torch.float16, enabled=bf16),
-    },
-    "decayed": {
-        "everything": edited(decayed, ('"weight_decay": 0.0', '"weight_decay": weight_decay')),
-        "vectors": edited(decayed, ("p.ndim >= 2", "p.ndim < 2"), ("if p.ndim < 2]\n", "if p.ndim >= 2]\n")),
-        "vectors are lost": lambda named, weight_decay: decayed(named, weight_decay)[:1],
-        "nothing": lambda named, weight_decay: decayed(named, 0.0),
     },
     "muon_and_adamw": {
         "muon for the embeddings": edited(

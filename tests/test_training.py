@@ -15,13 +15,39 @@ from rlhfkit.models import GPT, GPTConfig
 from rlhfkit.training import (
     Run,
     batch_of_step,
+    bf16_autocast,
     cosine_lr,
+    decayed,
     device_of,
     join_right_padded,
     pad_to_one_width,
     require_finite,
     update,
 )
+
+# --- what the loops share ----------------------------------------------------------------------------------------
+
+
+def test_bf16_is_for_matrix_products_and_only_if_asked_for(bf16_autocast=bf16_autocast):
+    x = torch.full((2, 2), 1.001)
+    with bf16_autocast(torch.device("cpu"), True):
+        product, total = x @ x, x.sum()
+    assert (product.dtype, total.dtype) == (torch.bfloat16, torch.float32)
+    with bf16_autocast(torch.device("cpu"), False):
+        assert (x @ x).dtype == torch.float32
+    assert (x @ x).dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+def test_matrices_decay_and_vectors_do_not(decayed=decayed):
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2), nn.Embedding(4, 3))
+    groups = decayed(model.named_parameters(), 0.3)
+    by_decay = {group["weight_decay"]: [id(p) for p in group["params"]] for group in groups}
+    assert by_decay == {
+        0.3: [id(model[0].weight), id(model[2].weight)],
+        0.0: [id(model[0].bias), id(model[1].weight), id(model[1].bias)],
+    }
+    assert len(groups) == 2
+
 
 # --- sequences ---------------------------------------------------------------------------------------------------
 
@@ -414,6 +440,18 @@ def _sorted_batches(lengths, size, seed, step):
 
 
 PLANTED = {
+    "bf16_autocast": {
+        "always": lambda device, bf16: bf16_autocast(device, True),
+        "never": lambda device, bf16: bf16_autocast(device, False),
+        "turned": lambda device, bf16: bf16_autocast(device, not bf16),
+        "in double": lambda device, bf16: torch.autocast(device.type, torch.float16, enabled=bf16),
+    },
+    "decayed": {
+        "everything": edited(decayed, ('"weight_decay": 0.0', '"weight_decay": weight_decay')),
+        "vectors": edited(decayed, ("p.ndim >= 2", "p.ndim < 2"), ("if p.ndim < 2]\n", "if p.ndim >= 2]\n")),
+        "vectors are lost": lambda named, weight_decay: decayed(named, weight_decay)[:1],
+        "nothing": lambda named, weight_decay: decayed(named, 0.0),
+    },
     "join_right_padded": {
         "gaps stay": lambda p, r, pad: (torch.cat([p, r], 1), torch.cat([p != p, r != pad], 1)),
         "the end token does not count": lambda p, r, pad: (lambda t, m: (t, m & (t != 1)))(

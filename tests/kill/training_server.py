@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from planting import edited, replaced
-from rlhfkit import checkpoints, train_policy, train_preference
+from rlhfkit import checkpoints, train_policy, train_sft
 from rlhfkit.kl import AdaptiveKLController
 from rlhfkit.models import GPT, GPTConfig, Policy, ScalarModel
 from rlhfkit.ppo import PPOConfig
@@ -61,7 +61,7 @@ def fine_tune(path: str, final: str) -> None:
     ended = torch.ones(64, 1).long()
     responses = torch.cat([torch.randint(2, 12, (64, 5), generator=generator), ended], 1)
     settings = {"steps": STEPS["sft"], "batch_size": 8, "checkpoint": path, "save_every": 2, "on_step": say}
-    train_preference.train_sft(model, prompts, responses, **settings)
+    train_sft.train_sft(model, prompts, responses, **settings)
     model.save(final)
     os.write(1, b"done\n")
 
@@ -121,7 +121,7 @@ if __name__ == "__main__":
         if not child:
             os.write(1, b"started %d\n" % os.getpid())
             try:
-                with replaced(train_preference, Run=BUGS[bug]), replaced(train_policy, Run=BUGS[bug]):
+                with replaced(train_sft, Run=BUGS[bug]), replaced(train_policy, Run=BUGS[bug]):
                     if bug == "written in place":
                         checkpoints.write_atomically = write_in_place
                     train(loop, path, final, bug)
