@@ -5,11 +5,8 @@ page against a numerical optimum, central differences, quadrature, symbolic alge
 """
 
 import itertools
-import json
 import math
-import re
 from collections.abc import Callable
-from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -17,7 +14,7 @@ import pytest
 import sympy as sp
 import torch
 
-PAGE = Path(__file__).resolve().parents[2] / "chapters" / "07_dpo.ipynb"
+from completeness import require_complete
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -388,14 +385,4 @@ EQUATIONS: dict[str, Callable[..., None]] = {
 
 def test_every_numbered_equation_of_the_page_has_its_test() -> None:
     """The labels of the page and those of the tests are the same, and each docstring names the one of its test."""
-    cells = json.loads(PAGE.read_text(encoding="utf-8"))["cells"]
-    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    labels = re.findall(r"^\$\$ *\(([\w-]+)\) *$", text, flags=re.MULTILINE)
-    assert len(labels) == len(set(labels))
-    assert set(labels) == set(EQUATIONS)
-    for label, test in EQUATIONS.items():
-        assert (test.__doc__ or "").startswith(f"({label}):"), label
-    tests = {name for name in globals() if name.startswith("test_")}
-    assert tests - {test.__name__ for test in EQUATIONS.values()} == {
-        "test_every_numbered_equation_of_the_page_has_its_test"
-    }
+    require_complete("07_dpo", EQUATIONS, globals())

@@ -4,11 +4,8 @@ The inputs are this file's own. Each test compares two values that were obtained
 page against automatic differentiation, central differences, quadrature, a series, or the enumeration of all responses.
 """
 
-import json
 import math
-import re
 from collections.abc import Callable
-from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -16,8 +13,7 @@ import pytest
 import sympy as sp
 import torch
 
-PAGE = Path(__file__).resolve().parents[2] / "chapters" / "08_kl.ipynb"
-
+from completeness import require_complete
 
 # ---------------------------------------------------------------- one-step policies
 
@@ -524,14 +520,4 @@ EQUATIONS: dict[str, Callable[..., None]] = {
 
 def test_every_numbered_equation_of_the_page_has_its_test() -> None:
     """The labels of the page and those of the tests are the same, and each docstring names the one of its test."""
-    cells = json.loads(PAGE.read_text(encoding="utf-8"))["cells"]
-    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    labels = re.findall(r"^\$\$ *\(([\w-]+)\) *$", text, flags=re.MULTILINE)
-    assert len(labels) == len(set(labels))
-    assert set(labels) == set(EQUATIONS)
-    for label, test in EQUATIONS.items():
-        assert (test.__doc__ or "").startswith(f"({label}):"), label
-    tests = {name for name in globals() if name.startswith("test_")}
-    assert tests - {test.__name__ for test in EQUATIONS.values()} == {
-        "test_every_numbered_equation_of_the_page_has_its_test"
-    }
+    require_complete("08_kl", EQUATIONS, globals())

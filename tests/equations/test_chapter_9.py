@@ -5,18 +5,15 @@ pool, divergences against their definition, derivatives against central differen
 """
 
 import itertools
-import json
 import math
-import re
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 
 import mpmath
 import numpy as np
 import sympy as sp
 
-PAGE = Path(__file__).resolve().parents[2] / "chapters" / "09_overoptimisation.ipynb"
+from completeness import require_complete
 
 REF = [Fraction(k, 20) for k in (3, 1, 6, 4, 2, 4)]
 SCORES = [2, 5, -1, 2, 5, 0]  # two pairs of ties, one of them at the top
@@ -202,14 +199,4 @@ EQUATIONS: dict[str, Callable[..., None]] = {
 
 def test_every_numbered_equation_of_the_page_has_its_test() -> None:
     """The labels of the page and those of the tests are the same, and each docstring names the one of its test."""
-    cells = json.loads(PAGE.read_text(encoding="utf-8"))["cells"]
-    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    labels = re.findall(r"^\$\$ *\(([\w-]+)\) *$", text, flags=re.MULTILINE)
-    assert len(labels) == len(set(labels))
-    assert set(labels) == set(EQUATIONS)
-    for label, test in EQUATIONS.items():
-        assert (test.__doc__ or "").startswith(f"({label}):"), label
-    tests = {name for name in globals() if name.startswith("test_")}
-    assert tests - {test.__name__ for test in EQUATIONS.values()} == {
-        "test_every_numbered_equation_of_the_page_has_its_test"
-    }
+    require_complete("09_overoptimisation", EQUATIONS, globals())
