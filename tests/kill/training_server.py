@@ -8,6 +8,7 @@ step as it is finished.
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -46,6 +47,7 @@ def write_in_place(path: Path, data: bytes) -> None:
         for start in range(0, len(data), 4000):
             file.write(data[start : start + 4000])
             file.flush()
+            time.sleep(0.001)  # or a kill in between is a matter of luck
 
 
 def say(step: int, metrics: dict[str, float]) -> None:
