@@ -20,11 +20,10 @@ from rlhfkit.policy_losses import reinforce_loss
 from rlhfkit.ppo import Experience, PPOConfig, Prediction, ppo_epochs
 from rlhfkit.sampling import logits_and_values, response_logprobs, sample
 from rlhfkit.tasks import Rollout, Task
-from rlhfkit.training import Run, device_of, require_finite, update
+from rlhfkit.training import OnStep, Run, device_of, require_finite, update
 from rlhfkit.validation import require_in, require_same_shape
 
 TrainablePolicy = GPT | TabularPolicy
-OnStep = Callable[[int, dict[str, float]], None]
 
 
 def gradient_of(policy: nn.Module) -> Tensor:

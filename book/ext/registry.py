@@ -328,10 +328,12 @@ def chapter_page(env: BuildEnvironment, number: int, start: str = "chapters/") -
     return pages[0] if pages else None
 
 
-def chapter_link(env: BuildEnvironment, number: int, word: str = "chapter", start: str = "chapters/") -> nodes.Node:
+def chapter_link(
+    env: BuildEnvironment, number: int, word: str = "chapter", start: str = "chapters/", anchor: str = ""
+) -> nodes.Node:
     """A link to the chapter (or homework) with this number, or plain words as long as there is no such page."""
     page = chapter_page(env, number, start)
-    return link(f"{word} {number}", page) if page else nodes.Text(f"{word} {number}")
+    return link(f"{word} {number}", page, anchor) if page else nodes.Text(f"{word} {number}")
 
 
 CLAIM_ID = re.compile(r"\bW-[A-Z]+-\d+\b")
@@ -363,8 +365,10 @@ class WrongClaims(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Make the table, with links to the questions whose planted mistakes come from each claim."""
-        for path in [*homework_files(), *(str(path) for _, path in notebook_pages(self.env))]:
+        pages = notebook_pages(self.env)
+        for path in [*homework_files(), *(str(path) for _, path in pages)]:
             self.env.note_dependency(path)
+        boxes: dict[str | None, set[str]] = {docname: boxed_claims(path) for docname, path in pages}
         importlib.import_module("rlhfkit.homework")  # registers the questions
         page = self.options.get("kill-matrix", "pages/kill-matrix")
         questions: dict[str, list[str]] = {}
@@ -373,13 +377,8 @@ class WrongClaims(SphinxDirective):
                 questions.setdefault(source, []).append(question.id)
         rows, ids = [], []
         for key, value in wrong_claims().items():
-            chapter = chapter_page(self.env, value.chapter)
-            boxed = chapter and key in boxed_claims(Path(self.env.doc2path(chapter)))
-            where = paragraph(
-                link(f"chapter {value.chapter}", chapter, key.lower())
-                if chapter and boxed
-                else chapter_link(self.env, value.chapter)
-            )
+            boxed = key in boxes.get(chapter_page(self.env, value.chapter), ())
+            where = paragraph(chapter_link(self.env, value.chapter, anchor=key.lower() if boxed else ""))
             for position, question in enumerate(questions.get(key, [])):
                 where += [nodes.Text(", " if position else "; "), link(question, page, f"q-{question}")]
             rows.append([paragraph(nodes.strong("", key, classes=["text-nowrap"])), value.claim, value.verdict, where])
