@@ -151,7 +151,23 @@ def by_length(rounds: int) -> None:
         print(f"{new} tokens: {describe(times[new], ' s')}, fitted {fitted:.3f} s")
     print(f"step = {1e3 * a.item():.2f} ms + {1e6 * b.item():.1f} us * length")
     ratios = [two / one for one, two in zip(times[64], times[128], strict=True)]
-    print(f"128 tokens / 64 tokens {describe(ratios)} (aim: at most 2.2)", flush=True)
+    print(f"128 tokens / 64 tokens {describe(ratios)} (aim: at most 2.2)")
+    read, rate = reading_the_cache()
+    costs = [a.item() * n + read * (PROMPT * n + n * (n - 1) / 2) for n in (64, 128)]
+    print(f"keys and values read once, nothing else: {1e6 * read:.1f} us * length ({rate / 1e9:.1f} GB/s)")
+    print(f"128 tokens / 64 tokens if attention cost no more than that: {costs[1] / costs[0]:.2f}", flush=True)
+
+
+def reading_the_cache() -> tuple[float, float]:
+    """Seconds per position to add up what attention has to read in every step, and the bytes per second of it."""
+    import torch
+
+    layers, width, heads, _, _ = SHAPES["small"]
+    length = 2 * PROMPT + 128
+    whole = torch.randn(2 * layers, BATCH["small"], heads, length, width // heads)
+    cut = whole[:, :, :, : length - PROMPT]  # as the cache is read: its filled part
+    runs = sorted(timed(lambda: [x.sum() for x in cut])() for _ in range(15))
+    return runs[7] / cut.shape[3], cut.numel() * cut.element_size() / runs[7]
 
 
 def without_cache(rounds: int) -> None:

@@ -38,6 +38,27 @@ def log_softmax(logits: Tensor) -> Tensor:
     return logits.movedim(-1, 0).contiguous().log_softmax(0).movedim(0, -1)
 
 
+def _require_tokens(logits: Tensor, tokens: Tensor) -> None:
+    require_ndim("logits", logits, "(B, T, V)")
+    require_float(logits=logits)
+    if tokens.shape != logits.shape[:2]:
+        raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected {tuple(logits.shape[:2])} as in logits")
+    if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise ValueError(f"tokens: got dtype {tokens.dtype}, expected integers")
+    vocab_size = logits.shape[-1]
+    if not tokens.numel():
+        return
+    low, high = tokens.aminmax()
+    if low < 0 or high >= vocab_size:
+        got = f"[{int(low)}, {int(high)}]"
+        raise ValueError(f"tokens: got values in {got}, expected [0, {vocab_size - 1}] (pad with a valid id)")
+
+
+def _pick(logprobs: Tensor, tokens: Tensor) -> Tensor:
+    """Of the log-probabilities of all tokens, (B, T, V), those of some, (B, T)."""
+    return logprobs.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
+
+
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-probability of each token under the logits at its own position: log softmax(logits)[token].
 
@@ -51,18 +72,9 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     Raises:
         ValueError: if the shapes do not fit, ``tokens`` are not integers, or a token lies outside [0, V).
     """
-    require_ndim("logits", logits, "(B, T, V)")
-    require_float(logits=logits)
-    if tokens.shape != logits.shape[:2]:
-        raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected {tuple(logits.shape[:2])} as in logits")
-    if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise ValueError(f"tokens: got dtype {tokens.dtype}, expected integers")
-    vocab_size = logits.shape[-1]
-    if tokens.numel() and (tokens.min() < 0 or tokens.max() >= vocab_size):
-        got = f"[{int(tokens.min())}, {int(tokens.max())}]"
-        raise ValueError(f"tokens: got values in {got}, expected [0, {vocab_size - 1}] (pad with a valid id)")
+    _require_tokens(logits, tokens)
     # log_softmax, not logits - logsumexp: the latter loses all digits below 1e-3 at logits of 1e4 in float32
-    return log_softmax(logits).gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
+    return _pick(log_softmax(logits), tokens)
 
 
 def next_token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -118,5 +130,29 @@ def entropy(logits: Tensor) -> Tensor:
     Raises:
         ValueError: if ``logits`` is not floating point or has no axis.
     """
-    logprobs = log_softmax(logits)
+    return _entropy(log_softmax(logits))
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
+
+
+def token_logprobs_and_entropy(
+    logits: Tensor, tokens: Tensor, *, entropy_gradient: bool = True
+) -> tuple[Tensor, Tensor]:
+    """:func:`token_logprobs` and :func:`entropy` from one softmax, which is most of the work of both.
+
+    Args:
+        logits: (B, T, V), aligned with ``tokens``.
+        tokens: (B, T), integers in [0, V).
+        entropy_gradient: whether the entropy has a gradient; without a bonus for it, none is needed.
+
+    Returns:
+        Log-probabilities of the tokens and entropies of their distributions, (B, T) each, nats.
+
+    Raises:
+        ValueError: as :func:`token_logprobs`.
+    """
+    _require_tokens(logits, tokens)
+    logprobs = log_softmax(logits)
+    return _pick(logprobs, tokens), _entropy(logprobs if entropy_gradient else logprobs.detach())

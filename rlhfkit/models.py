@@ -87,12 +87,13 @@ class TabularPolicy(nn.Module):
             expected = f"(B, L) with 1 <= L <= {self.max_length + 1}"
             raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected {expected}")
         prompts, response = tokens[:, 0], tokens[:, 1:]
-        if tokens.numel() and (prompts.min() < 0 or prompts.max() >= self.num_prompts):
-            got = f"[{int(prompts.min())}, {int(prompts.max())}]"
-            raise ValueError(f"tokens: got prompts in {got} (first column), expected [0, {self.num_prompts - 1}]")
-        if response.numel() and (response.min() < 0 or response.max() >= self.vocab_size):
-            got = f"[{int(response.min())}, {int(response.max())}]"
-            raise ValueError(f"tokens: got response tokens in {got}, expected [0, {self.vocab_size - 1}]")
+        for x, count, what in ((prompts, self.num_prompts, "prompts"), (response, self.vocab_size, "response tokens")):
+            if x.numel():
+                low, high = x.aminmax()
+                if low < 0 or high >= count:
+                    where = " (first column)" if x is prompts else ""
+                    got = f"[{int(low)}, {int(high)}]"
+                    raise ValueError(f"tokens: got {what} in {got}{where}, expected [0, {count - 1}]")
         rows, count = self.prefixes(tokens), self.table.shape[1]
         return torch.where(rows >= 0, prompts.unsqueeze(1) * count + rows, self.num_prompts * count)
 

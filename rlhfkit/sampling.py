@@ -191,6 +191,21 @@ def logits_and_values(policy: Any, value: Any, prompts: Tensor, tokens: Tensor) 
     return (logits.float(), values.float()) if half else (logits, values)
 
 
+def response_values(value: Any, prompts: Tensor, tokens: Tensor) -> Tensor:
+    """The values of :func:`logits_and_values` alone: nothing is computed over the vocabulary.
+
+    Args:
+        value: has ``values(tokens)``.
+        prompts: (B, L0), integers, padded on the left.
+        tokens: responses, (B, T), integers, padded on the right.
+
+    Returns:
+        (B, T), reward units, with gradient, in float32 or better; what stands at padding means nothing.
+    """
+    values = value.values(torch.cat([prompts, tokens], dim=1))[:, prompts.shape[1] - 1 : -1]
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
 def all_logprobs(policy: Policy, task: ExactTask) -> Tensor:
     """Log-probability of every response to every prompt of an exact task: what the oracle works on.
 

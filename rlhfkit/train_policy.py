@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from rlhfkit.advantages import gae, rewards_to_go
 from rlhfkit.kl import AdaptiveKLController, kl_shaped_rewards, sequence_kl
-from rlhfkit.logprobs import entropy, token_logprobs
+from rlhfkit.logprobs import token_logprobs_and_entropy
 from rlhfkit.masked import aggregate
 from rlhfkit.models import GPT, Policy, TabularPolicy
 from rlhfkit.policy_losses import reinforce_loss
 from rlhfkit.ppo import Experience, PPOConfig, Prediction, ppo_epochs
-from rlhfkit.sampling import logits_and_values, response_logprobs, sample
+from rlhfkit.sampling import logits_and_values, response_logprobs, response_values, sample
 from rlhfkit.tasks import Rollout, Task
 from rlhfkit.training import OnStep, Run, device_of, require_finite, update
 from rlhfkit.validation import require_in, require_same_shape
@@ -171,7 +171,7 @@ def train_ppo(
         tokens, mask = rollout.tokens, rollout.response_mask
         with torch.no_grad():
             ref_logprobs = response_logprobs(reference, prompts, tokens)  # (B, T)
-            values = logits_and_values(policy, value, prompts, tokens)[1]
+            values = response_values(value, prompts, tokens)
         rewards = kl_shaped_rewards(scores, rollout.logprobs, ref_logprobs, mask, kl_coef)
         advantages, returns = gae(rewards, values, gamma=config.gamma, lam=config.lam, mask=mask)
         old = Experience(rollout.logprobs, values, advantages, returns, mask)
@@ -202,8 +202,7 @@ def _predict(
     """What the networks say now about some rows of a batch of responses; the entropy has a gradient if ``bonus``."""
     prompts, tokens = prompts[rows], tokens[rows]
     logits, values = logits_and_values(policy, value, prompts, tokens)
-    entropies = entropy(logits if bonus else logits.detach())
-    return Prediction(token_logprobs(logits, tokens), entropies, values)
+    return Prediction(*token_logprobs_and_entropy(logits, tokens, entropy_gradient=bonus), values)
 
 
 def _pretraining_loss(

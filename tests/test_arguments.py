@@ -79,7 +79,7 @@ case(masked.aggregate, X, MASK, "mean", words=("how", "'mean'", "sequence-sum"))
 case(logprobs.sequence_logprobs, INTEGERS, MASK, words=("logprobs", "torch.int64"))
 case(logprobs.sequence_logprobs, V, MASK[0, :2], words=("logprobs", "(2,)", "(B, T)"))
 
-for function in (logprobs.token_logprobs, logprobs.next_token_logprobs):
+for function in (logprobs.token_logprobs, logprobs.token_logprobs_and_entropy, logprobs.next_token_logprobs):
     case(function, LOGITS, TOKENS[:, :2], words=("tokens", "(2, 2)", "(2, 3)"))
     case(function, LOGITS, TOKENS[:1], words=("tokens", "(1, 3)", "(2, 3)"))
     case(function, LOGITS, TOKENS.double(), words=("tokens", "torch.float64", "integers"))
@@ -264,7 +264,10 @@ case(PPOConfig, lam=1.5, words=("lam", "1.5", "[0, 1]"))
 case(PPOConfig, lr=-1.0, words=("lr", "-1.0", "(0, inf)"))
 case(PPOConfig, whiten_advantages="all", words=("whiten_advantages", "'all'", "minibatch"))
 case(collect.ReviewTask, POLICY, len, -1.0, words=("beta", "-1.0", "[0, inf)"))
-for function in (lambda x, y: sampling.logits_and_values(POLICY, TabularValue(POLICY), x, y),):
+for function in (
+    lambda x, y: sampling.logits_and_values(POLICY, TabularValue(POLICY), x, y),
+    lambda x, y: sampling.response_values(TabularValue(POLICY), x, y),
+):
     case(function, PROMPTS, TOKENS + 5, words=("tokens", "[5, 5]", "[0, 4]"))
     case(function, PROMPTS + 1, TOKENS, words=("tokens", "[1, 1]", "[0, 0]"))
 

@@ -26,6 +26,7 @@ def calls():
         "whiten": lambda: masked.whiten(x),
         "aggregate": lambda: masked.aggregate(x, mask, "sequence-mean"),
         "token_logprobs": lambda: logprobs.token_logprobs(logits, tokens),
+        "token_logprobs_and_entropy": lambda: torch.stack(logprobs.token_logprobs_and_entropy(logits, tokens)),
         "next_token_logprobs": lambda: logprobs.next_token_logprobs(logits, tokens),
         "sequence_logprobs": lambda: logprobs.sequence_logprobs(x, mask),
         "entropy": lambda: logprobs.entropy(logits),
@@ -78,6 +79,7 @@ def calls():
         "logits_and_values": lambda: torch.stack(
             [x.sum() for x in sampling.logits_and_values(policy, value, prompts, prompts.repeat(1, 2))]
         ),
+        "response_values": lambda: sampling.response_values(value, prompts, prompts.repeat(1, 2)),
         "ppo_loss": lambda: ppo_loss(Prediction(x, y, x), old, PPOConfig(whiten_advantages="minibatch"))[0],
         "ppo_epochs": lambda: ppo_epochs(
             lambda rows: Prediction(x[rows], y[rows], x[rows]), old, PPOConfig(), torch.detach, generator

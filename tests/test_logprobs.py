@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from planting import DTYPES, close, edited, exact_logprobs, f64, gradients, ignores_padding, leaf, masks, normal, raises
-from rlhfkit.logprobs import entropy, log_softmax, next_token_logprobs, sequence_logprobs, token_logprobs
+from rlhfkit.logprobs import (
+    entropy,
+    log_softmax,
+    next_token_logprobs,
+    sequence_logprobs,
+    token_logprobs,
+    token_logprobs_and_entropy,
+)
 from rlhfkit.masked import masked_sum
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -164,6 +171,21 @@ def test_entropy_does_not_hide_nan(entropy=entropy):
     assert entropy(f64([0.0, float("nan")])).isnan()
 
 
+def test_both_from_one_softmax_are_those_of_each_alone(token_logprobs_and_entropy=token_logprobs_and_entropy):
+    """Numbers, and gradients: of both together, and of the first alone if the entropy needs none."""
+    logits, tokens = normal(3, 4, 5).requires_grad_(), torch.arange(12).view(3, 4) % 5
+    weights = normal(3, 4, seed=1), normal(3, 4, seed=2)
+    apart = token_logprobs(logits, tokens), entropy(logits)
+    for wanted in (True, False):
+        found = token_logprobs_and_entropy(logits, tokens, entropy_gradient=wanted)
+        for a, b in zip(found, apart, strict=True):
+            close(a, b, atol=0, rtol=0)
+        assert found[1].requires_grad == wanted
+        loss = sum((w * x).sum() for w, x in zip(weights, found, strict=True))
+        expected = sum((w * x).sum() for w, x in zip(weights, apart if wanted else apart[:1], strict=False))
+        close(*(torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, expected)))
+
+
 def _plain_entropy(logits):
     p = logits.softmax(-1)
     return -(p * p.log()).sum(-1)
@@ -199,6 +221,19 @@ PLANTED = {
         "clamps bad tokens": lambda logits, tokens: token_logprobs(logits, tokens.clamp(0, logits.shape[-1] - 1)),
         "hides nan": lambda logits, tokens: token_logprobs(logits.nan_to_num(nan=0.0, neginf=-INF), tokens),
         "clamps log-probabilities": lambda logits, tokens: token_logprobs(logits, tokens).clamp(min=-100),
+    },
+    "token_logprobs_and_entropy": {
+        "entropy always without gradient": lambda logits, tokens, entropy_gradient: token_logprobs_and_entropy(
+            logits, tokens, entropy_gradient=False
+        ),
+        "entropy always with gradient": lambda logits, tokens, entropy_gradient: token_logprobs_and_entropy(
+            logits, tokens
+        ),
+        "the other way round": lambda *a, **k: token_logprobs_and_entropy(*a, **k)[::-1],
+        "nothing has a gradient": edited(
+            token_logprobs_and_entropy, ("log_softmax(logits)", "log_softmax(logits.detach()) + 0 * logits")
+        ),
+        "entropy of the logits": edited(token_logprobs_and_entropy, ("_entropy(logprobs if", "_entropy(logits if")),
     },
     "next_token_logprobs": {
         "no shift": lambda logits, tokens: token_logprobs(logits, tokens)[:, 1:],

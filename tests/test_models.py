@@ -163,7 +163,7 @@ PLANTED = {
         "rows without gradient": edited(
             TabularPolicy, ("_rows(self.table, hidden)", "_rows(self.table.detach(), hidden) + 0 * self.table.sum()")
         ),
-        "negative prompts not refused": edited(TabularPolicy, ("prompts.min() < 0 or ", "")),
+        "negative prompts not refused": edited(TabularPolicy, ("low < 0 or ", "")),
         "starts in single precision": edited(
             TabularPolicy, ("torch.zeros(shape, dtype=torch.float64)", "torch.zeros(shape)")
         ),

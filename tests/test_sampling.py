@@ -8,10 +8,17 @@ import math
 import pytest
 import torch
 
-from planting import close, edited, f64, leaf, normal, raises
+from planting import close, edited, f64, leaf, normal, raises, replaced
 from rlhfkit.exact import enumerate_responses
 from rlhfkit.models import GPT, GPTConfig, ScalarModel, TabularPolicy, TabularValue
-from rlhfkit.sampling import all_logprobs, logits_and_values, response_logprobs, sample, truncate_logits
+from rlhfkit.sampling import (
+    all_logprobs,
+    logits_and_values,
+    response_logprobs,
+    response_values,
+    sample,
+    truncate_logits,
+)
 from rlhfkit.tasks import random_task
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -440,6 +447,23 @@ def test_logits_and_values_come_in_float32_from_half_precision(logits_and_values
         assert {x.dtype for x in found} == {torch.float32}
 
 
+def test_values_alone_are_those_beside_the_logits(response_values=response_values):
+    """Number, gradient and precision; and no logits are made on the way."""
+    policy = small_gpt()
+    prompts, tokens = map(torch.tensor, LEFT_PADDED)
+    for trunk in (policy, small_gpt(1)):
+        value = ScalarModel(trunk, 0.5).double()
+        parameters = list(value.parameters())
+        beside, alone = logits_and_values(policy, value, prompts, tokens)[1], response_values(value, prompts, tokens)
+        close(alone, beside, atol=0, rtol=0)
+        weights = normal(3, 3)
+        for a, b in zip(*(torch.autograd.grad((weights * x).sum(), parameters) for x in (alone, beside)), strict=True):
+            close(a, b)
+        with replaced(type(policy), unembed=None):
+            response_values(value, prompts, tokens)
+    assert response_values(copy.deepcopy(value).to(torch.bfloat16), prompts, tokens).dtype == torch.float32
+
+
 PLANTED = {
     "sample": {
         "eos does not count": _sample(
@@ -557,6 +581,14 @@ PLANTED = {
         "no gradient from the logits": _both(("policy.unembed(hidden)", "policy.unembed(hidden.detach())")),
         "half stays half": _both(("(logits.float(), values.float()) if half else", "")),
         "response before the prompt": _both(("[prompts, tokens]", "[tokens, prompts]")),
+    },
+    "response_values": {
+        "one position late": edited(response_values, ("prompts.shape[1] - 1 : -1", "prompts.shape[1] :")),
+        "prompt included": edited(response_values, ("prompts.shape[1] - 1 : -1", ":-1")),
+        "response before the prompt": edited(response_values, ("[prompts, tokens]", "[tokens, prompts]")),
+        "no gradient": lambda *a: response_values(*a).detach() + 0 * response_values(*a),
+        "half stays half": edited(response_values, ("values.float() if", "values if")),
+        "by way of the logits": lambda value, *a: logits_and_values(value.trunk, value, *a)[1],
     },
     "all_logprobs": {
         "padding counts": lambda policy, task: (

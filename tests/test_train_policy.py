@@ -820,7 +820,7 @@ def _ppo(*changes):
 
 
 SHAPED = "kl_shaped_rewards(scores, rollout.logprobs, ref_logprobs, mask, kl_coef)"
-OLD_VALUES = "logits_and_values(policy, value, prompts, tokens)[1]"
+OLD_VALUES = "response_values(value, prompts, tokens)"
 SHOWN = 'kl_controller.update(run.history[-1]["objective/kl"], len(mask))'
 REPLAYED = 'kl_controller.update(row["objective/kl"], int(row["episode"] - before))'
 PLANTED = {
