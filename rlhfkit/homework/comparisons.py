@@ -89,13 +89,17 @@ def expect_close(
         Fail: with got, expected (if told) and where.
     """
     x, y = as_tensor(got, what), torch.as_tensor(want).detach().double()
-    expected = f", expected {show(y)}" if tell_expected else ": not right"
     if x.shape != y.shape:
         reject(f"{what}: got shape {tuple(x.shape)}, expected {tuple(y.shape)}")
-    elif not torch.isfinite(x).all():
-        reject(f"{what}: got {show(x)}, which is not finite{expected}")
     elif not torch.allclose(x, y, rtol=rtol, atol=atol):
-        reject(f"{what}: got {show(x)}{expected}")
+        off, place = ~torch.isclose(x, y, rtol=rtol, atol=atol), ""
+        if x.numel() > SHOWN and not off.flatten()[:SHOWN].any():  # the first entries are right: show the first wrong
+            index = [int(i) for i in off.nonzero()[0]]
+            x, y, place = x[tuple(index)], y[tuple(index)], f" at {index}"
+        digits = next((n for n in (4, 6, 9) if show(x, n) != show(y, n)), 12)
+        infinite = "" if torch.isfinite(x).all() else ", which is not finite"
+        expected = f", expected {show(y, digits)}" if tell_expected else ": not right"
+        reject(f"{what}{place}: got {show(x, digits)}{infinite}{expected}")
 
 
 def as_tensor(got: Any, what: str) -> Tensor:
@@ -122,17 +126,48 @@ def _plain(x: Any, depth: int = 4) -> Any:
 
 
 def keeps_inputs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The learner's function; Fail after a call that changed one of the tensors it was given."""
+    """The learner's function; Fail after a call that changed one of the tensors, arrays or lists it was given."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        copies = [x.clone() for x in tensors]
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, (Tensor, np.ndarray, list))]
+        copies = [_copy(x) for x in given]
+        tensors = [x for x in given if isinstance(x, Tensor)]
+        traced = [_trace(x) for x in tensors]
         result = function(*args, **kwargs)
-        kept = all(torch.equal(x, y) for x, y in zip(tensors, copies, strict=True))
-        require(kept, "your function changed a tensor that it was given: work on a copy")
+        for now, before in zip(given, copies, strict=True):
+            what = {Tensor: "a tensor", list: "a list"}.get(type(now), "an array")
+            require(_unchanged(now, before), f"your function changed {what} that it was given: work on a copy")
+        require(
+            [_trace(x) for x in tensors] == traced,
+            "your function set requires_grad or .grad of a tensor that it was given: differentiate a copy, "
+            "x.detach().clone().requires_grad_()",
+        )
         return result
 
     return call
+
+
+def _trace(x: Tensor) -> tuple[bool, bool, int | None]:
+    """Whether and where autograd keeps books on a tensor."""
+    return x.requires_grad, x.is_leaf, None if not x.is_leaf or x.grad is None else x.grad._version
+
+
+def _copy(x: Any) -> Any:
+    if isinstance(x, list):
+        return [_copy(part) for part in x]
+    return x.detach().clone() if isinstance(x, Tensor) else np.copy(x) if isinstance(x, np.ndarray) else x
+
+
+def _unchanged(now: Any, before: Any) -> bool:
+    """Whether two lists, tensors, arrays or other things are the same; nan is the same as nan."""
+    if isinstance(before, list):
+        return isinstance(now, list) and len(now) == len(before) and all(map(_unchanged, now, before))
+    if isinstance(before, (Tensor, np.ndarray)):
+        if not isinstance(now, (Tensor, np.ndarray)):
+            return False
+        a, b = torch.as_tensor(now).detach(), torch.as_tensor(before)
+        return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+    return now is before or bool(now == before)
 
 
 def unpack(got: Any, count: int, what: str) -> tuple[Any, ...]:
@@ -180,12 +215,15 @@ def describe(x: Any) -> str:
     return "a function" if callable(x) else f"an object of type {type(x).__name__}"
 
 
-def show(x: Tensor) -> str:
-    """Up to eight entries of a tensor, four digits each."""
-    entries = [f"{0.0 if abs(v) < 1e-12 else v:.4g}" for v in x.detach().flatten()[:8].tolist()]
+SHOWN = 8  # entries of a tensor in a message
+
+
+def show(x: Tensor, digits: int = 4) -> str:
+    """The first entries of a tensor, four digits each."""
+    entries = [f"{0.0 if abs(v) < 1e-12 else v:.{digits}g}" for v in x.detach().flatten()[:SHOWN].tolist()]
     if x.ndim == 0:
         return entries[0]
-    return "[" + ", ".join(entries) + (", ...]" if x.numel() > 8 else "]")
+    return "[" + ", ".join(entries) + (", ...]" if x.numel() > SHOWN else "]")
 
 
 def same(a: Any, b: Any, tolerance: float = 1e-4) -> bool:

@@ -22,6 +22,7 @@ from rlhfkit.homework.comparisons import (
     Stop,
     blank,
     describe,
+    keeps_inputs,
     same,
     shorten,
 )
@@ -177,7 +178,8 @@ def judge(question: Question, answer: Any, case: Case) -> Verdict:
     """Run one case on the answer; every exception becomes a verdict, KeyboardInterrupt and SystemExit included."""
     try:
         with _fresh_torch(seed=0):
-            case.judge(question.prepare(answer))
+            prepared = question.prepare(answer)
+            case.judge(keeps_inputs(prepared) if isinstance(prepared, _Guarded) else prepared)
     except Stop:
         raise
     except NotAnswered as nothing:

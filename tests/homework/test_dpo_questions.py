@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import softplus
 
 from rlhfkit import exact
 from rlhfkit.homework.bank.wrong_claims import WRONG_CLAIMS
@@ -60,7 +61,7 @@ def gaps_by_package(beta, eps):
 
     def least(loss):
         h, zero = f64([0.0]), f64([0.0])
-        for _ in range(200):
+        for _ in range(400):
             h.requires_grad_()
             (slope,) = torch.autograd.grad(loss(h, zero, zero, zero).sum(), h, create_graph=True)
             (bend,) = torch.autograd.grad(slope.sum(), h)
@@ -283,16 +284,25 @@ def test_mistakes_that_are_not_in_the_bank_are_rejected_too():
             lambda c, r, rc, rr, b: conservative_dpo_loss(c, r, rc, rr, b, 0.01),
             lambda c, r, rc, rr, b: dpo_loss(c, r, rc.mean().expand_as(rc), rr.mean().expand_as(rr), b),
             lambda c, r, rc, rr, b: dpo_loss(c, r, rc, rr, b) + 0.1 * (c - c.detach()),
+            lambda c, r, rc, rr, b: dpo_loss(c, r, rc, rr, max(b, 0.1)),
+            lambda *x: torch.cat(
+                [dpo_loss(*[row[i : i + 1] for row in x[:4]], x[4]) for i in range(min(5, len(x[0])))]
+            ),
+            lambda c, r, rc, rr, b: softplus(b * ((rc - rr).detach() - c + r), threshold=5),
+            lambda c, r, rc, rr, b: dpo_loss(c - rc.detach(), (r - rr.detach()).clamp(-3, 3), 0 * rc, 0 * rr, b),
         ],
         "dpo_weight": [
             lambda a, b: b * torch.sigmoid(-a).clamp(0.01, 0.99),
             lambda a, b: torch.sigmoid(-a) * b**2,
             lambda a, b: b * (-a / 2).exp() / 2,
+            lambda a, b: b * torch.sigmoid(-a.T) if a.ndim == 2 else b * torch.sigmoid(-a),
+            lambda a, b: b * torch.sigmoid(-a.clamp(-11, 11)),
         ],
         "dpo_gradient": [
             lambda *x: gradient_by_package(*x) / len(x[0]),
             lambda *x: gradient_by_package(*x) + 0.01 * x[0].softmax(0),
             lambda x, ref, w, l, b: gradient_by_package(x, ref, w, l, 1.0),
+            lambda x, ref, w, l, b: gradient_by_package(x.clamp(min=x.max() - 20), ref, w, l, b),
         ],
         "dpo_blind_losses": [[0.6931, 0.4520, 0.9163, 0.4520], [0.69, 0.92, 0.45, 0.45], [0.6931, 0.9163, 0.4512, 0.4]],
         "dpo_blind_pair": [(tie[0], [0.01, 0.02, 0.97]), ([0.2, 0.36, 0.44], [-0.01, -0.018, 1.028])],
@@ -302,12 +312,17 @@ def test_mistakes_that_are_not_in_the_bank_are_rejected_too():
             lambda K: (RIGHT["dpo_kl"](K)[0], [1e-5, 0.5, 0.49999]),
         ],
         "ipo_gap": [
-            lambda b, e: (1e6, *RIGHT["ipo_gap"](b, e)[1:]),
-            lambda b, e: (-math.inf, *RIGHT["ipo_gap"](b, e)[1:]),
+            lambda b, e: (10 / b, *RIGHT["ipo_gap"](b, e)[1:]),
+            lambda b, e: (math.inf, *(min(gap, 100.0) for gap in RIGHT["ipo_gap"](b, e)[1:])),
             lambda b, e: (math.inf, math.sqrt((1 - e) / e) / b, 0.5 / b),
         ],
         "dpo_gradient_steps": [
-            lambda b, lr, n, g: RIGHT["dpo_gradient_steps"](b, lr, n + 1, g),
+            lambda b, lr, n, g: RIGHT["dpo_gradient_steps"](b, lr, n + 2, g),
+            lambda b, lr, n, g: [x + 1e-4 for x in RIGHT["dpo_gradient_steps"](b, lr, n, g)],
+            lambda b, lr, n, g: (
+                RIGHT["dpo_gradient_steps"](b, lr, n, g)[0],
+                RIGHT["dpo_gradient_steps"](b, 4, 1, max(g, 0.0))[1],
+            ),
             lambda b, lr, n, g: RIGHT["dpo_gradient_steps"](b, lr, min(n, 50), g),
             lambda b, lr, n, g: RIGHT["dpo_gradient_steps"](b, lr * b, n, g),
         ],
@@ -324,6 +339,84 @@ def test_mistakes_that_are_not_in_the_bank_are_rejected_too():
     for question_id in ("dpo", "dpo_weight", "dpo_gradient", "ipo_gap", "dpo_gradient_steps"):
         for number, answer in enumerate(strangers[question_id]):
             assert diagnose(QUESTIONS[question_id], answer) == [], (question_id, number)
+
+
+def loss_of(margin):
+    return lambda c, r, rc, rr, b: margin(b * (c - rc.detach() - r + rr.detach()))
+
+
+def gradient_of(margin):
+    def f(logits, ref_logits, chosen, rejected, beta):
+        h = logits[chosen] - logits[rejected] - ref_logits[chosen] + ref_logits[rejected]
+        both = torch.eye(len(logits))[[chosen, rejected]]
+        return -beta * torch.sigmoid(-margin(beta * h)) * (both[0] - both[1])
+
+    return f
+
+
+def by_adam(beta, lr, steps, gap):
+    logits = torch.zeros(2, requires_grad=True)
+    optimiser, win = torch.optim.Adam([logits], lr=lr), 1 / (1 + math.exp(-gap))
+    for _ in range(steps):
+        h = logits[0] - logits[1]
+        loss = win * softplus(-beta * h) + (1 - win) * softplus(beta * h)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    after = logits.log_softmax(0).tolist()
+    return math.log(2) + math.fsum(x * math.exp(x) for x in after), RIGHT["dpo_gradient_steps"](beta, lr, 1, gap)[1]
+
+
+SAME_MISTAKES = [
+    *(("dpo", "clamped", loss_of(lambda A, size=size: softplus(-A.clamp(min=-size)))) for size in (20, 100, 1000)),
+    ("dpo", "clamped", loss_of(lambda A: -A.sigmoid().clamp(min=1e-12).log())),
+    *(("dpo", "epsilon", loss_of(lambda A, eps=eps: -(A.sigmoid() + eps).log())) for eps in (1e-6, 1e-9)),
+    *(("dpo", "clamped-nearby", loss_of(lambda A, size=size: softplus(-A.clamp(-size, size)))) for size in (5, 10)),
+    *(("dpo", "clamped-above", loss_of(lambda A, most=most: softplus(-A.clamp(max=most)))) for most in (5, 20)),
+    ("dpo", "whole-slope-at-0", loss_of(lambda A: torch.where(A > 0, 0 * A, -A) + (-A.abs()).exp().log1p())),
+    ("dpo", "chosen-only", lambda c, r, rc, rr, b: softplus(-b * (c - rc.detach()))),
+    ("dpo", "reference-added", lambda c, r, rc, rr, b: softplus(b * (r - rc.detach() - c + rr.detach()))),
+    ("dpo", "loss-over-beta", lambda *x: dpo_loss(*x) / x[4]),
+    ("dpo_weight", "one-axis-only", lambda A, b: torch.stack([b * torch.sigmoid(-a) for a in A])),
+    ("dpo_weight", "flat", lambda A, b: b * torch.sigmoid(-A.reshape(-1))),
+    ("dpo_gradient", "margin-cut", gradient_of(lambda A: A.clamp(-5, 5))),
+    ("dpo_gradient", "margin-cut", gradient_of(lambda A: A.clamp(max=0.4))),
+    ("ipo_gap", "dpo-large-number", lambda b, e: (50 / b, *RIGHT["ipo_gap"](b, e)[1:])),
+    ("dpo_kl", "exchanged", lambda K: RIGHT["dpo_kl"](K + 0.5)[::-1]),
+    ("dpo_kl", "not-rare-enough", lambda K: ([0.5, 0.5 - math.exp(-K), math.exp(-K)], [1e-8, 0.5, 0.5 - 1e-8])),
+    ("dpo_gradient_steps", "adam", by_adam),
+    ("displacement", "table", [[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 1]]),
+    ("displacement", "hardly-moved", [[0.1], [0.0], [10.0]]),
+    ("displacement", "third-as-the-chosen", [[1.0, 0.0], [0.0, 0.0], [1.0, 5.0]]),
+]
+
+
+@pytest.mark.parametrize("question_id, name, answer", SAME_MISTAKES)
+def test_a_planted_mistake_is_named_with_other_numbers_and_in_other_words_too(question_id, name, answer):
+    question = QUESTIONS[question_id]
+    assert any(failed_cases(question, answer))
+    assert [wrong.name for wrong in diagnose(question, answer)] == [name]
+
+
+def test_messages_say_what_is_wrong_with_the_answer_at_hand():
+    zeros = failed_cases(QUESTIONS["dpo_gradient"], lambda logits, *_: torch.zeros_like(logits))
+    assert "entries 0 and 2 must not be 0" in zeros[1]
+    lopsided = failed_cases(QUESTIONS["dpo_gradient"], lambda *x: gradient_by_package(*x).clamp(max=0))
+    assert "must sum to 0" in lopsided[1]
+    logs = failed_cases(QUESTIONS["dpo_kl"], lambda K: tuple(f64(x).log() for x in RIGHT["dpo_kl"](K)))
+    assert "negative numbers" in logs[1] and "negative numbers" in logs[2]
+    tiny = failed_cases(QUESTIONS["dpo_kl"], lambda K: RIGHT["dpo_kl"](20.0))
+    assert "e-19" in tiny[0]
+    far = failed_cases(QUESTIONS["ipo_gap"], lambda b, e: (1e9, *RIGHT["ipo_gap"](b, e)[1:]))
+    assert "math.inf" in far[0]
+
+
+def test_ties_that_are_rounded_to_four_decimals_pass_and_others_must_be_exact():
+    question = QUESTIONS["dpo_blind_pair"]
+    wide = [1 / 3, 2 / 3, 0.0]
+    assert failed_cases(question, ([0.0033, 0.0067, 0.99], wide)) == ["", "", ""]
+    assert failed_cases(question, ([0.00333, 0.00672, 0.98995], wide))[1]
+    assert failed_cases(question, ([0.0001, 0.0003, 0.9996], wide))[1]
 
 
 def test_with_one_feature_the_chosen_response_falls_at_the_start_if_the_third_exceeds_2():

@@ -18,6 +18,7 @@ import torch
 import rlhfkit
 from rlhfkit import homework
 from rlhfkit.homework import messages, progress, run_limits
+from rlhfkit.homework.comparisons import Fail, expect_close, keeps_inputs
 from rlhfkit.homework.core import QUESTIONS, Verdict
 
 
@@ -154,12 +155,74 @@ def test_printing_much_shows_the_beginning_only(capsys):
     assert len(out) < 3000
 
 
-def test_an_answer_that_spoils_its_inputs_and_torch_does_not_poison_other_cases(capsys):
+@pytest.mark.parametrize(
+    "leave",
+    [lambda x: x.requires_grad_(), lambda x: x.requires_grad_().square().sum().backward(), lambda x: x.detach_()],
+)
+def test_what_autograd_keeps_of_an_input_must_not_change_either(leave):
+    given = [torch.ones(2), torch.ones(2), torch.ones(2, requires_grad=True)]
+    assert keeps_inputs(lambda *x: x[2].square().sum())(*given).requires_grad
+    with pytest.raises(Fail, match=r"requires_grad or \.grad"):
+        keeps_inputs(lambda *x: [leave(part) for part in x])(*given)
+
+
+def test_a_gradient_that_an_input_has_already_must_not_grow():
+    x = torch.ones(2, requires_grad=True)
+    x.sum().backward()
+    assert keeps_inputs(lambda x: torch.autograd.grad(x.sum(), x)[0])(x).tolist() == [1.0, 1.0]
+    with pytest.raises(Fail, match=r"requires_grad or \.grad"):
+        keeps_inputs(lambda x: x.square().sum().backward())(x)
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x.zero_(), lambda x: x.resize_(0), lambda x: x.copy_(x / 0)])
+def test_an_answer_that_spoils_its_inputs_is_told_so_by_every_case(spoil, capsys):
+    def careless(scores):
+        result = QUESTIONS["group_baseline"].reference(scores.clone())
+        spoil(scores)
+        return result
+
+    assert homework.check("group_baseline", careless) == 0
+    assert "all 3 cases: your function changed a tensor that it was given" in capsys.readouterr().out
+
+
+def test_lists_and_arrays_are_looked_after_too_and_nan_is_no_change():
+    def given():
+        return [3.0, 2.0, [torch.tensor([1.0, float("nan")])]]
+
+    def in_the_list(x, y):
+        x[2][0][0] = 0
+
+    assert keeps_inputs(lambda x, y: x[1])(given(), y=np.array([float("nan")])) == 2.0
+    for spoil in (lambda x, y: x.reverse(), lambda x, y: x.append(1), in_the_list):
+        with pytest.raises(Fail, match="changed a list that it was given"):
+            keeps_inputs(spoil)(given(), np.ones(2))
+    for spoil in (lambda x, y: y.fill(0), lambda x, y: y.sort()):
+        with pytest.raises(Fail, match="changed an array that it was given"):
+            keeps_inputs(spoil)(given(), y=np.array([2.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "says"),
+    [
+        (1.0001, 1.0, "what: got 1.0001, expected 1"),
+        (1.02 + 1e-7, 1.02, "what: got 1.0200001, expected 1.02"),
+        (0.5, 1.0, "what: got 0.5, expected 1"),
+        ([1.0, math.inf], [1.0, 2.0], "what: got [1, inf], which is not finite, expected [1, 2]"),
+        ([0.0] * 9 + [1.0], [0.0] * 10, "what at [9]: got 1, expected 0"),
+        ([[0.0] * 5, [0.0, math.nan, 0.0, 0.0, 9.0]], [[0.0] * 5] * 2, "expected [0, 0, 0, 0, 0, 0, 0, 0, ...]"),
+    ],
+)
+def test_a_message_shows_the_entries_and_the_digits_in_which_the_answer_differs(got, want, says):
+    with pytest.raises(Fail) as error:
+        expect_close(got, torch.tensor(want, dtype=torch.float64), "what", rtol=0, atol=1e-9)
+    assert says in str(error.value)
+
+
+def test_an_answer_that_spoils_torch_does_not_poison_other_cases(capsys):
     right = QUESTIONS["group_baseline"].reference
 
     def careless(scores):
-        result = right(scores.clone())
-        scores.zero_()
+        result = right(scores)
         torch.manual_seed(0)
         torch.set_default_dtype(torch.float64)
         return result

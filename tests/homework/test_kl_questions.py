@@ -336,7 +336,7 @@ def test_mistakes_that_are_not_in_the_bank_are_rejected_too():
         ],
         "off_policy_kl": [
             lambda n, o, r: kl.off_policy_k3(n, o, r) + 0.5 * kl.off_policy_k2(n, o, r),
-            lambda n, o, r: torch.exp(n - o.detach()) * kl.straight_through(kl.kl_k1(n, r), kl.kl_k2(n, r)),
+            lambda n, o, r: 2 * torch.exp(n - o.detach()) * kl.straight_through(kl.kl_k1(n, r), kl.kl_k2(n, r)),
             lambda n, o, r: kl.off_policy_k2(n, o, r) / torch.exp(n - o).detach().sum(),
         ],
         "early_token": [

@@ -199,3 +199,99 @@ def test_a_counterexample_of_the_learners_own_is_told_its_kind_of_mistake():
         question = QUESTIONS[question_id]
         assert any(failed_cases(question, answer))
         assert [wrong.name for wrong in diagnose(question, answer)] == [kind]
+
+
+# -- a mistake of precision or range is named whatever its numbers are ---------------------------------------------
+
+
+def masked_log_ratios(n, o, m):
+    return torch.where(m, n - o.detach(), 0.0)
+
+
+def clipped(ratio, advantages, cliprange):
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - cliprange, 1 + cliprange) * advantages)
+
+
+def capped_value_loss(v, o, r, cliprange_value=None):
+    loss = clipped_value_loss(v, o, r, cliprange_value)
+    return loss if cliprange_value is None else loss.clamp(max=12.5)
+
+
+def metrics_of(log_ratios):
+    def f(n, o, a, m, cliprange=0.2):
+        kl = log_ratios(n - o)[m].mean()
+        return kl, *RIGHT["update_metrics"](n, o, a, m, cliprange)[1:]
+
+    return f
+
+
+VARIANTS = [
+    (
+        "offpolicy",
+        lambda n, o, s, m: (masked_log_ratios(n, o, m).sum(1).clamp(max=9.0).exp() * s.detach()).mean(),
+        "capped-weight",
+    ),
+    (
+        "offpolicy",
+        lambda n, o, s, m: (masked_log_ratios(n, o, m).sum(1).clamp(-15, 15).exp() * s.detach()).mean(),
+        "clamped-sum",
+    ),
+    (
+        "offpolicy",
+        lambda n, o, s, m: (
+            masked_log_ratios(n, o, m).cumsum(1).gather(1, m.sum(1)[:, None] - 1)[:, 0].exp() * s.detach()
+        ).mean(),
+        "cut-at-the-longest",
+    ),
+    (
+        "ppo_clip",
+        lambda n, o, a, cliprange=0.2: clipped((n - o.detach()).exp().clamp(max=4.0), a.detach(), cliprange),
+        "dual-clip",
+    ),
+    (
+        "ppo_clip",
+        lambda n, o, a, cliprange=0.2: clipped((n - o.detach()).clamp(-5, 5).exp(), a.detach(), cliprange),
+        "clamped-log-ratio",
+    ),
+    ("value_loss", capped_value_loss, "capped-with-clip"),
+    (
+        "value_loss",
+        lambda v, o, r, cliprange_value=None: clipped_value_loss(v, o, r.clamp(-10, 10), cliprange_value),
+        "returns-clamped",
+    ),
+    ("value_loss", lambda v, o, r, cliprange_value=None: clipped_value_loss(v, r, r, cliprange_value), "clip-ignored"),
+    ("entropy_slope", lambda x: RIGHT["entropy_slope"](x.clamp(-50, 50)), "clamped-logits"),
+    ("update_metrics", metrics_of(lambda d: torch.expm1(d.clamp(max=10.0)) - d), "clamped-log-ratio"),
+    ("update_metrics", metrics_of(lambda d: (d.exp() - 1 - d).clamp(min=0)), "cancellation"),
+]
+
+
+@pytest.mark.parametrize("question_id, answer, name", VARIANTS)
+def test_variants_of_a_planted_mistake_are_rejected_and_named(question_id, answer, name):
+    question = QUESTIONS[question_id]
+    assert rejected_somewhere(question_id, answer)
+    assert [wrong.name for wrong in diagnose(question, answer)] == [name]
+
+
+def test_bounds_on_probabilities_hold_up_to_rounding():
+    f32 = torch.float32
+    for answer in (
+        torch.tensor([[0.9, 0.95], [0.2, 0.3]], dtype=f32),
+        ((0.9, 1.0), torch.tensor([0.1, 0.3], dtype=f32)),
+    ):
+        assert not rejected_somewhere("sure_or_changed", answer)
+    for unsure in (
+        (0.25, 0.3),
+        (0.15, 0.18),
+        (0.05, 0.06),
+    ):  # the ratio 1.2 lies in the interval, however it is rounded
+        for kind in (torch.float32, torch.float64):
+            assert rejected_somewhere("sure_or_changed", ((0.95, 0.99), torch.tensor(unsure, dtype=kind)))
+    assert rejected_somewhere("sure_or_changed", ((0.8999, 0.99), (0.1, 0.2)))
+
+
+def test_a_token_without_advantage_is_not_stopped_by_the_clip():
+    """As in the package, and as the largest libraries log it."""
+    x = f64([[0.5, 1.0, 1.5]]).log()
+    three = RIGHT["update_metrics"](x, torch.zeros_like(x), torch.zeros_like(x), torch.ones(1, 3).bool())
+    assert three[2] == 0

@@ -250,7 +250,7 @@ def test_mistakes_that_are_not_in_the_bank_are_rejected_too():
         "one_multiplier": [lambda ref, s, b: (s.max(1).values / b).softmax(0) * len(s)],
         "reward_back": [lambda pi, ref, b, z: b * (pi / ref).log() - (b * (pi / ref).log()).mean()],
         "ptx_grad": [lambda pi, data, gamma: (gamma * (data - pi)).clamp(min=0)],
-        "kl_term": [lambda pi, sft, b: (RIGHT["kl_term"](pi, sft, b)[0], b * (sft - pi))],
+        "kl_term": [lambda pi, sft, b: (RIGHT["kl_term"](pi, sft, b)[0], b * (sft.log() - pi.log()))],
         "terms_of_z": [lambda v, n: (n - 1) * math.log10(v), lambda v, n: n * math.log10(v + 1)],
     }
     for question_id, answers in strangers.items():
@@ -276,3 +276,17 @@ def test_every_policy_that_is_best_on_a_part_of_the_responses_is_a_counterexampl
     assert rejected_somewhere("zero_derivatives", on(4))
     assert not rejected_somewhere("zero_derivatives", lambda *world: on(len(world[0]) - 1)(*world))
     assert rejected_somewhere("zero_derivatives", lambda *world: on(len(world[0]) - 1, bend=0.9)(*world))
+
+
+def test_messages_call_a_learners_own_number_by_its_name():
+    """What is computed from the answer itself is not told as the number that was expected."""
+    wrongs = {wrong.name: wrong.answer for wrong in QUESTIONS["fraction_of_optimum"].wrongs}
+
+    def at_the_reference(ref, scores, beta):
+        return ref, *RIGHT["kl_optimum"](ref, scores, beta)[1:]
+
+    told = failed_cases(QUESTIONS["kl_optimum"], at_the_reference)[1]
+    assert re.fullmatch(r"prompt 0: your logprobs give J = \S+, your value is \S+: they must agree", told)
+    for number, answer in ((1, "j-over-the-maximum"), (2, "log-z-without-beta")):
+        told = failed_cases(QUESTIONS["fraction_of_optimum"], wrongs[answer])[number]
+        assert re.search(r"your fraction was \S+ before and is \S+ after that$", told)

@@ -18,7 +18,6 @@ from rlhfkit.homework.comparisons import (
     expect_shape,
     gradient,
     gradient_or_none,
-    keeps_inputs,
     lines,
     normal,
     numbers,
@@ -189,7 +188,7 @@ def _(f: Any) -> None:
 @ug.case("its rows sum to 0: the same shift of all logits changes nothing", 1, "softmax(s + c) = softmax(s)")
 def _(f: Any) -> None:
     weight = normal(4, 3, seed=4)
-    got = as_tensor(keeps_inputs(f)(weight, normal(3, seed=5), 1), "gradient")
+    got = as_tensor(f(weight, normal(3, seed=5), 1), "gradient")
     expect_shape(got, (4, 3), "gradient")
     require(not weight.requires_grad, "your function switched on requires_grad of a tensor that it was given")
     require(got.abs().max() > 1e-3, "the gradient is 0 everywhere")
@@ -406,7 +405,7 @@ def _(f: Any) -> None:
     logits = normal(3, 6, 4, seed=4)
     other, predicts = logits.clone(), torch.cat([_MASK[:, 1:], tensor([[False]] * 3)], 1)
     other[~predicts] = normal(3, 6, 4, seed=5)[~predicts]
-    first, second = (as_tensor(keeps_inputs(f)(x, _TOKENS, _MASK), "log-probabilities") for x in (logits, other))
+    first, second = (as_tensor(f(x, _TOKENS, _MASK), "log-probabilities") for x in (logits, other))
     expect_shape(first, (3,), "log-probabilities")
     for row, value in enumerate(first.tolist()):
         require(value < 0, f"row {row}: got {value:.4g}, expected a number below 0")
@@ -1122,7 +1121,7 @@ tp = Question(
 def _(f: Any) -> None:
     for t in (0.5, 1.0, 3.0):
         logits = normal(3, 5, seed=3)
-        got = _drawn(keeps_inputs(f)(logits, temperature=t), (3, 5))
+        got = _drawn(f(logits, temperature=t), (3, 5))
         expect_close(got, (logits / t).softmax(-1), f"probabilities at temperature {t:g}")
 
 

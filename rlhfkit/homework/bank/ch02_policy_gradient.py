@@ -17,7 +17,6 @@ from rlhfkit.homework.comparisons import (
     expect_shape,
     gradient,
     gradient_or_none,
-    keeps_inputs,
     lines,
     normal,
     numbers,
@@ -438,7 +437,7 @@ def _(f: Any) -> None:
 
 @rg.case("the discount counts from the step itself", 1, "whatever t is, r_t has weight 1 in G_t")
 def _(f: Any) -> None:
-    got = keeps_inputs(f)(tensor([[0.0, 0.0, 8.0], [4.0, 2.0, 1.0]]), gamma=0.5)
+    got = f(tensor([[0.0, 0.0, 8.0], [4.0, 2.0, 1.0]]), gamma=0.5)
     expect_close(got, tensor([[2.0, 4.0, 8.0], [5.25, 2.5, 1.0]]), "gamma 0.5")
 
 
@@ -446,7 +445,7 @@ def _(f: Any) -> None:
 def _(f: Any) -> None:
     mask = tensor([[True, True, False, False], [True, True, True, True], [True, True, True, False]])
     rewards = tensor([[1.0, 2.0, 50.0, -70.0], [1.0, 2.0, 3.0, 4.0], [5.0, 0.0, 2.0, 90.0]])
-    got = as_tensor(keeps_inputs(f)(rewards, mask=mask, gamma=1.0), "rewards to go")
+    got = as_tensor(f(rewards, mask=mask, gamma=1.0), "rewards to go")
     expect_shape(got, (3, 4), "rewards to go")
     expect_close(got[0], tensor([3.0, 2.0, 0.0, 0.0]), "rewards (1, 2, padding, padding) in a batch of three")
     expect_close(got[1], tensor([10.0, 9.0, 7.0, 4.0]), "rewards (1, 2, 3, 4) in the same batch")

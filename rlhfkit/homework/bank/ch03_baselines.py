@@ -16,7 +16,6 @@ from rlhfkit.homework.comparisons import (
     as_tensor,
     expect_close,
     expect_shape,
-    keeps_inputs,
     normal,
     numbers,
     orders,
@@ -110,7 +109,7 @@ def _(f: Any) -> None:
 @ga.case("gamma and lam enter separately", 1, "the next value is multiplied by gamma only, the carried sum by both")
 def _(f: Any) -> None:
     r, v, last = normal(3, 5, seed=1), normal(3, 5, seed=2), normal(3, seed=3)
-    got = unpack(keeps_inputs(f)(r, v, gamma=0.8, lam=0.6, last_values=last), 2, "gae returns (advantages, returns)")[0]
+    got = unpack(f(r, v, gamma=0.8, lam=0.6, last_values=last), 2, "gae returns (advantages, returns)")[0]
     delta = r + 0.8 * torch.cat([v[:, 1:], last[:, None]], 1) - v
     want = [sum(0.48 ** (k - t) * delta[:, k] for k in range(t, 5)) for t in range(5)]
     expect_close(got, torch.stack([torch.as_tensor(x) for x in want], 1), "advantages, gamma 0.8, lam 0.6")
@@ -140,7 +139,7 @@ def _judge_masked(f: Any, r: Tensor, v: Tensor, last: Tensor, dones: Tensor | No
     """The rollouts with masked steps against each of them alone, its masked steps removed by hand."""
     mask = tensor(_MASK)
     options = {} if dones is None else {"dones": dones}
-    pair = keeps_inputs(f)(r, v, gamma=0.9, lam=0.8, mask=mask, last_values=last, **options)
+    pair = f(r, v, gamma=0.9, lam=0.8, mask=mask, last_values=last, **options)
     got, returns = (as_tensor(x, "gae") for x in unpack(pair, 2, "gae returns (advantages, returns)"))
     expect_shape(got, (3, 6), "advantages")
     for b, counts in enumerate(mask):
@@ -1267,13 +1266,13 @@ def _(f: Any) -> None:
 @wm.case("more padding, or other finite numbers in it, changes nothing", 2, "only the entries that count may enter")
 def _(f: Any) -> None:
     x = tensor([[1.0, 2.0, 6.0], [3.0, 3.0, 9.0]])
-    alone = as_tensor(keeps_inputs(f)(x.clone()), "whitened")
+    alone = as_tensor(f(x.clone()), "whitened")
     expect_shape(alone, (2, 3), "whitened")
     require(alone.abs().sum() > 0, "the whitened entries are all 0")
     mask = tensor([[True] * 3 + [False] * 2] * 2)
     for filling in (0.0, 50.0):
         padded = torch.cat([x, torch.full((2, 2), filling)], 1)
-        got = as_tensor(keeps_inputs(f)(padded, mask), "whitened")
+        got = as_tensor(f(padded, mask), "whitened")
         expect_shape(got, (2, 5), "whitened")
         expect_close(got[:, :3], alone, f"entries that count, padding filled with {filling:g}")
         expect_close(got[:, 3:], torch.zeros(2, 2), f"padding filled with {filling:g}")

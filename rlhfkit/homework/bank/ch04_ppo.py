@@ -19,10 +19,10 @@ from rlhfkit.homework.comparisons import (
     expect_shape,
     gradient,
     gradient_or_none,
-    keeps_inputs,
     normal,
     numbers,
     require,
+    same,
     show,
     source,
     unpack,
@@ -35,6 +35,33 @@ def _expect_constant(result: Any, what: str, x: Tensor) -> None:
     (slope,) = torch.autograd.grad(result.sum(), x, allow_unused=True, retain_graph=True)
     steepest = 0.0 if slope is None else slope.abs().max().item()
     require(steepest == 0.0, f"the gradient in {what} must be 0, got {steepest:.4g}")
+
+
+def _word(want: Any, f: Any, *args: Any, rtol: float = 1e-3, atol: float = 1e-5, **options: Any) -> str:
+    """What an answer makes of an unusual input: "right", "wrong", "not finite" or "an error"."""
+    try:
+        x, y = as_tensor(f(*args, **options), "probe"), torch.as_tensor(want).double()
+    except Exception:
+        return "an error"
+    if not torch.isfinite(x).all():
+        return "not finite"
+    return "right" if x.shape == y.shape and torch.allclose(x, y, rtol=rtol, atol=atol) else "wrong"
+
+
+def _in_two_steps(
+    ordinary: Callable[[Any], Any], unusual: Callable[[Any], Any], reference: Any
+) -> Callable[[Any], list[Any]]:
+    """Probes that try unusual inputs only on an answer that is right on ordinary ones.
+
+    So a mistake in the formula is recognised however its numbers overflow, and one of precision or range by where it
+    goes wrong, whatever number it gives there.
+    """
+
+    def probe(f: Any) -> list[Any]:
+        found = ordinary(f)
+        return [found, unusual(f)] if same(found, ordinary(reference)) else [found]
+
+    return probe
 
 
 # -- the importance weight of a response -----------------------------------------------------------------
@@ -73,6 +100,45 @@ def _offpolicy_probe(f: Any) -> list[Any]:
     return [value, alone, *(gradient_or_none(value, x) for x in inputs)]
 
 
+def _one_response(new: Any, old: Any, score: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The inputs for one response from its tokens' log-probabilities now and then."""
+    logprobs, old_logprobs = tensor(new, dtype=torch.float32)[None], tensor(old, dtype=torch.float32)[None]
+    return logprobs, old_logprobs, tensor([score]), torch.ones_like(logprobs, dtype=torch.bool)
+
+
+_FAR = _one_response([math.log(0.9)] * 3, [math.log(0.001)] * 3)  # weight 900^3
+_ONE_FAR = _one_response([-0.1], [-12.1])  # weight exp(12)
+_LONG = _one_response([-3.0] * 60, [-3.05] * 60)  # weight exp(3); exp(-180) is 0 in float32
+_RARE = _one_response([-18.0], [-18.5])  # weight exp(0.5); exp(-18.5) is 1e-8
+
+
+def _wild_padding() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The response of the task's example, weight 3.75 and score 2, and padding whose ratio overflows."""
+    logprobs, old = tensor([[math.log(0.5), math.log(0.6), 0.0]]), tensor([[math.log(0.4), math.log(0.2), -1000.0]])
+    return logprobs.requires_grad_(), old, tensor([2.0]), tensor([[True, True, False]])
+
+
+def _late_response() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two responses with weights 6 and 2; the first one begins at the third position."""
+    mask = tensor([[False, False, True, True], [True, True, False, False]])
+    ratios = tensor([[0.5, 3.0, 2.0, 3.0], [4.0, 0.5, 5.0, 0.2]])
+    return ratios.log() - 2, torch.full((2, 4), -2.0), tensor([1.0, 3.0]), mask
+
+
+def _offpolicy_unusual(f: Any) -> list[Any]:
+    padded = _wild_padding()
+    return [
+        _word(900.0**3, f, *_FAR),
+        _word(math.exp(12), f, *_ONE_FAR),
+        _word(math.exp(3), f, *_LONG),
+        _word(math.exp(0.5), f, *_RARE),
+        _word(7.5, f, *padded),
+        _word(tensor([[7.5, 7.5, 0.0]]), lambda: gradient(f(*padded), padded[0], "probe")),
+        f(*_late_response()),
+        *(_word(score, f, *_one_response([-1.0], [-1.0], score)) for score in (25.0, 0.5)),
+    ]
+
+
 of = Question(
     id="offpolicy",
     title="an expectation under one policy from another's responses",
@@ -93,7 +159,7 @@ of = Question(
     "pi(y) s(y) is not 0. The weight of a response is the product of its tokens' ratios, that is, exp of the summed "
     "differences. Its gradient is weight * score * grad log pi: the policy gradient, from another policy's responses. "
     "Dividing by the sum of the weights would be another estimate, and a biased one.",
-    probes=_offpolicy_probe,
+    probes=_in_two_steps(_offpolicy_probe, _offpolicy_unusual, importance_estimate),
 )
 
 
@@ -101,8 +167,10 @@ of = Question(
 def _(f: Any) -> None:
     logprobs = -normal(3, 4, seed=4).abs() - 0.1
     mask = tensor([[True, True, False, False], [True] * 4, [True, True, True, False]])
-    got = keeps_inputs(f)(logprobs, logprobs.clone(), tensor([1.0, 2.0, 6.0]), mask)
+    got = f(logprobs, logprobs.clone(), tensor([1.0, 2.0, 6.0]), mask)
     expect_close(got, 3.0, "estimate from scores 1, 2, 6")
+    got = f(logprobs[:2], logprobs[:2].clone(), tensor([25.0, 0.5]), mask[:2])
+    expect_close(got, 12.75, "estimate from scores 25 and 0.5")
 
 
 @of.case("a single response: the product of its tokens' ratios, times its score", 1, "0.5/0.4 and 0.6/0.2")
@@ -110,6 +178,10 @@ def _(f: Any) -> None:
     new, old = tensor([[0.5, 0.6]]).log(), tensor([[0.4, 0.2]]).log()
     got = f(new, old, tensor([2.0]), tensor([[True, True]]))
     expect_close(got, 7.5, "probabilities 0.5, 0.6 now, 0.4, 0.2 then, score 2")
+    expect_close(f(*_FAR), 900.0**3, "three tokens, each with probability 0.9 now, 0.001 then, score 1", rtol=1e-3)
+    expect_close(f(*_ONE_FAR), math.exp(12), "one token, log-probability -0.1 now, -12.1 then, score 1", rtol=1e-3)
+    expect_close(f(*_RARE), math.exp(0.5), "one token, log-probability -18 now, -18.5 then, score 1", rtol=1e-3)
+    expect_close(f(*_LONG), math.exp(3), "60 tokens, log-probability -3 now, -3.05 then, score 1", rtol=1e-3)
 
 
 @of.case("all responses of the old policy give the new policy's mean", 2, "E_old[pi/old * s] = E_pi[s]")
@@ -145,7 +217,7 @@ def _(f: Any) -> None:
     new, old, scores = -normal(3, 4, seed=10).abs(), -normal(3, 4, seed=11).abs(), tensor([1.0, -2.0, 3.0])
     lengths = (2, 4, 1)
     mask = torch.arange(4) < tensor(lengths)[:, None]
-    got = keeps_inputs(f)(new - 0.1, old - 0.1, scores, mask)
+    got = f(new - 0.1, old - 0.1, scores, mask)
     alone = [
         as_tensor(
             f(new[i : i + 1, :n] - 0.1, old[i : i + 1, :n] - 0.1, scores[i : i + 1], mask[i : i + 1, :n]), "alone"
@@ -154,6 +226,12 @@ def _(f: Any) -> None:
     ]
     expect_close(got, torch.stack(alone).mean(), "padded batch against the mean of the responses alone")
     require(all(x.abs() > 1e-3 for x in alone), "the estimate of a single response is 0")
+    got = f(*_late_response())
+    expect_close(got, 6.0, "weights 6 and 2, scores 1 and 3, mask [[F, F, T, T], [T, T, F, F]]")
+    padded = _wild_padding()
+    value, where = f(*padded), "one response with padding, where logprobs is 0 and old_logprobs -1000"
+    expect_close(value, 7.5, where)
+    expect_close(gradient(value, padded[0], "gradient in logprobs"), tensor([[7.5, 7.5, 0.0]]), f"gradient, {where}")
 
 
 def _weighted(weigh: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -173,6 +251,11 @@ def _quotient_estimate(logprobs: Tensor, old_logprobs: Tensor, scores: Tensor, r
 
 def _quotient_of_sums(logprobs: Tensor, old_logprobs: Tensor, scores: Tensor, response_mask: Tensor) -> Tensor:
     new, old = (torch.where(response_mask, x, 0.0).sum(1) for x in (logprobs, old_logprobs.detach()))
+    return (new / old * scores.detach()).mean()
+
+
+def _quotient_of_exps(logprobs: Tensor, old_logprobs: Tensor, scores: Tensor, response_mask: Tensor) -> Tensor:
+    new, old = (torch.where(response_mask, x, 0.0).sum(1).exp() for x in (logprobs, old_logprobs.detach()))
     return (new / old * scores.detach()).mean()
 
 
@@ -264,9 +347,93 @@ of.plant(
         "common",
     ),
     (
+        "self-normalised-detached",
+        "you divided by the detached sum of the weights: this is no plain mean over the batch either",
+        _weighted(lambda d, m: d.sum(1).exp() / d.sum(1).exp().mean().detach()),
+        "common",
+    ),
+    (
+        "divided-by-tokens",
+        "you divided by the number of tokens: the mean is over responses",
+        lambda n, o, s, m: importance_estimate(n, o, s, m) * len(s) / m.sum(),
+        "common",
+    ),
+    (
+        "product-with-zeros",
+        "a ratio that is masked to 0 makes the whole product 0: padding must enter as the factor 1",
+        _weighted(lambda d, m: (d.exp() * m).prod(1)),
+        "common",
+    ),
+    (
         "clipped-weight",
         "a clipped weight is another estimate, with a bias",
         _weighted(lambda d, m: d.sum(1).exp().clamp(0.8, 1.2)),
+        "common",
+    ),
+    (
+        "capped-weight",
+        "the weight is capped, or its log is: where the policies differ much it is large, and enters as it is",
+        _weighted(lambda d, m: d.sum(1).exp().clamp(max=1000.0)),
+        "common",
+    ),
+    (
+        "clamped-sum",
+        "the sum of the log-ratios is clamped: a response's weight enters as it is, however large",
+        _weighted(lambda d, m: d.sum(1).clamp(-20.0, 20.0).exp()),
+        "common",
+    ),
+    (
+        "clamped-tokens",
+        "the tokens' log-ratios are clamped: a single token's ratio enters as it is, however large",
+        _weighted(lambda d, m: d.clamp(-10.0, 10.0).sum(1).exp()),
+        "common",
+    ),
+    (
+        "quotient-of-exps",
+        "the probability of a long response is 0 in float32: subtract the log-probabilities first, then take exp",
+        _quotient_of_exps,
+        "common",
+    ),
+    (
+        "epsilon",
+        "a small number added to the old probability is not small beside a rare token: subtract the logs instead",
+        lambda n, o, s, m: (torch.where(m, n.exp() / (o.detach().exp() + 1e-8), 1.0).prod(1) * s.detach()).mean(),
+        "common",
+    ),
+    (
+        "exp-before-mask",
+        "the exp of the padding overflows, and infinity times a mask of 0 is not a number: mask before the exp",
+        lambda n, o, s, m: (((n - o.detach()).exp() * m + ~m).prod(1) * s.detach()).mean(),
+        "common",
+    ),
+    (
+        "where-after-exp",
+        "the value is right, but the gradient is 0 times infinity where the padding's exp overflows: mask before the exp",
+        lambda n, o, s, m: (torch.where(m, (n - o.detach()).exp(), 1.0).prod(1) * s.detach()).mean(),
+        "common",
+    ),
+    (
+        "first-positions",
+        "you took the first positions of each row, as many as it has tokens: the response is where the mask is True",
+        lambda n, o, s, m: importance_estimate(n, o, s, torch.arange(m.shape[1]) < m.sum(1)[:, None]),
+        "common",
+    ),
+    (
+        "cut-at-the-longest",
+        "you look for a response at the start of its row, by its length: it may begin later, so go by the mask alone",
+        lambda n, o, s, m: importance_estimate(n, o, s, m & (torch.arange(m.shape[1]) < m.sum(1).max())),
+        "common",
+    ),
+    (
+        "scores-clamped",
+        "the scores enter as they are: you clamped them",
+        lambda n, o, s, m: importance_estimate(n, o, s.clamp(-10.0, 10.0), m),
+        "common",
+    ),
+    (
+        "scores-rounded",
+        "the scores enter as they are: you rounded them",
+        lambda n, o, s, m: importance_estimate(n, o, s.detach().round(), m),
         "common",
     ),
     (
@@ -297,10 +464,20 @@ def _offpolicy_by_loop(logprobs: Tensor, old_logprobs: Tensor, scores: Tensor, r
 
 of.right("a product in a loop, float64", _offpolicy_by_loop)
 of.right(
-    "products of probabilities",
+    "products of probabilities, float64",
     lambda n, o, s, m: torch.mean(
-        torch.where(m, n, 0.0).exp().prod(1) / torch.where(m, o.detach(), 0.0).exp().prod(1) * s.detach()
+        torch.where(m, n.double(), 0.0).exp().prod(1)
+        / torch.where(m, o.detach().double(), 0.0).exp().prod(1)
+        * s.detach()
     ),
+)
+of.right(
+    "difference of sums, float32",
+    lambda n, o, s, m: (((n * m).sum(1) - (o.detach() * m).sum(1)).exp() * s.detach()).sum() / len(s),
+)
+of.right(
+    "product of the ratios, masked before the exp",
+    lambda n, o, s, m: torch.dot((n - o.detach()).masked_fill(~m, 0.0).exp().prod(1), s.detach()) / len(s),
 )
 
 
@@ -335,6 +512,9 @@ def _means(p: Tensor, q: Tensor, f: Tensor) -> tuple[float, float]:
 
 def _support_kind(parts: list[Tensor]) -> str:
     p, q, f = parts
+    for law, name in ((p, "p"), (q, "q")):
+        if (law < 0).any():
+            return f"{name} is negative"
     if not _is_law(p) or not _is_law(q):
         return "p is no distribution" if not _is_law(p) else "q is no distribution"
     truth, weighted = _means(p, q, f)
@@ -345,8 +525,10 @@ def _support_kind(parts: list[Tensor]) -> str:
         return "f is 0 where q is" if ((q == 0) & (p > 0)).any() else "p is 0 where q is"
     if _largest_weight(p, q) > 2.001:
         return "a weight above 2"
-    if truth >= 0.1 and weighted <= -0.1:
+    if truth >= 0.1 - 1e-6 and weighted <= -0.1 + 1e-6:
         return "right"
+    if min(abs(truth), abs(weighted)) < 1e-6:
+        return "a mean of 0"
     if truth * weighted < 0:
         return "the signs exchanged" if truth < 0 else "too close to 0"
     return "same sign"
@@ -391,7 +573,8 @@ def _(parts: Any) -> None:
     require(_is_law(p) and _is_law(q), "p and q must be distributions")
     truth, weighted = _means(p, q, f)
     require(
-        truth >= 0.1 and weighted <= -0.1, f"the mean of f under p is {truth:.4g}, the weighted mean {weighted:.4g}"
+        truth >= 0.1 - 1e-6 and weighted <= -0.1 + 1e-6,
+        f"the mean of f under p is {truth:.6g}, the weighted mean {weighted:.6g}",
     )
 
 
@@ -451,6 +634,24 @@ sb.plant(
         "common",
     ),
     (
+        "p-negative",
+        "a probability in p is negative",
+        ([1.5, -0.5], [0.0, 1.0], [1.0, 1.0]),
+        "common",
+    ),
+    (
+        "q-negative",
+        "a probability in q is negative",
+        ([0.25, 0.25, 0.5], [1.5, -0.5, 0.0], [-1.0, -1.0, 3.0]),
+        "common",
+    ),
+    (
+        "a-mean-of-0",
+        "one of the two means is 0: they must lie on different sides of it",
+        ([0.25, 0.25, 0.5], [0.5, 0.5, 0.0], [1.0, -1.0, 3.0]),
+        "common",
+    ),
+    (
         "p-not-normalised",
         "the probabilities in p must sum to 1",
         ([1.0, 1.0, 2.0], [0.5, 0.5, 0.0], [-1.0, -1.0, 3.0]),
@@ -502,7 +703,11 @@ wv = Question(
     "mean sum q (p/q)^2 = sum p^2/q, so the variance is that number to the power T, minus 1. The number is larger than 1 "
     "as soon as p differs from q, so the growth is exponential: (0.5, 0.5) against (0.6, 0.4) gives 0.042 for one token, "
     "0.504 for ten and 58.3 for a hundred.",
-    probes=lambda f: [as_tensor(f(tensor(p), tensor(q), t), "probe") for p, q in _LAWS for t in (1, 2, 5)],
+    probes=_in_two_steps(
+        lambda f: [as_tensor(f(tensor(p), tensor(q), t), "probe") for p, q in _LAWS for t in (1, 2, 5)],
+        lambda f: _word(1.575**40 - 1, f, *map(tensor, _LAWS[1]), 40, rtol=1e-2),
+        weight_variance,
+    ),
 )
 
 
@@ -534,12 +739,12 @@ def _(f: Any) -> None:
 @wv.case("each further token multiplies 1 + variance by the same number", 1, "exponential, not linear growth")
 def _(f: Any) -> None:
     p, q = tensor([0.5, 0.5]), tensor([0.6, 0.4])
-    at = {length: as_tensor(f(p, q, length), f"T = {length}") + 1 for length in (1, 40, 41, 80)}
-    require(
-        bool((at[1] > 1.01).all()), f"variance for one token: got {at[1].max().item() - 1:.4g}, expected more than 0.01"
-    )
-    expect_close(at[41] / at[40], at[1], "(1 + variance) at T = 41 over that at T = 40", rtol=3e-3)
-    expect_close(at[80], at[40] ** 2, "(1 + variance) at T = 80 against the square of that at T = 40", rtol=3e-3)
+    at = {length: as_tensor(f(p, q, length), f"T = {length}") + 1 for length in (40, 41, 80)}
+    factor = _weights_by_enumeration([0.5, 0.5], [0.6, 0.4], 1) + 1
+    expect_close(at[41] / at[40], factor, "(1 + variance) at T = 41 over that at T = 40", rtol=3e-3)
+    expect_close(at[80], factor**80, "1 + variance at T = 80", rtol=3e-3)
+    p, q = map(tensor, _LAWS[1])
+    expect_close(f(p, q, 40), 1.575**40 - 1, "variance for p = (0.2, 0.3, 0.5), q = (0.4, 0.4, 0.2), T = 40", rtol=3e-3)
 
 
 def _chi2(p: Tensor, q: Tensor) -> Tensor:
@@ -582,6 +787,30 @@ wv.plant(
         "under-the-new-policy",
         "the old policy writes the responses: take the mean of the squared ratio under q, not under p",
         lambda p, q, t: (p**3 / q**2).sum() ** t - 1,
+        "common",
+    ),
+    (
+        "variance-under-the-new-policy",
+        "this is the variance over responses of the new policy; the old one writes them",
+        lambda p, q, t: (p**3 / q**2).sum() ** t - (p**2 / q).sum() ** (2 * t),
+        "common",
+    ),
+    (
+        "unweighted-mean",
+        "the tokens are not equally likely: weigh each squared ratio with q, instead of taking the plain mean",
+        lambda p, q, t: ((p / q) ** 2).mean() ** t - 1,
+        "common",
+    ),
+    (
+        "unweighted-variance",
+        "the variance of the listed ratios counts every token alike: q says how often a ratio turns up",
+        lambda p, q, t: ((p / q).var(unbiased=False) + 1) ** t - 1,
+        "common",
+    ),
+    (
+        "capped",
+        "the variance is capped: it grows without bound",
+        lambda p, q, t: weight_variance(p, q, t).clamp(max=1e6),
         "common",
     ),
     ("exchanged", "the ratio is p/q, and q writes the responses", lambda p, q, t: weight_variance(q, p, t), "common"),
@@ -639,6 +868,22 @@ def _clip_probe(f: Any) -> list[Any]:
     return [*found, f(ratios.log() - 1, torch.full((8,), -1.0), advantages)]
 
 
+_LOG_RATIOS = tensor([math.log(5.0), math.log(20.0), 12.0, 25.0])
+_OLD_OF_THEM = tensor([-3.0, -4.0, -12.5, -25.5])
+_RARE_PAIR = (
+    tensor([-18.0, -110.0]),
+    tensor([-18.5, -110.1]),
+)  # ratios exp(0.5) and exp(0.1); exp(-110) is 0 in float32
+
+
+def _clip_unusual(f: Any) -> list[str]:
+    """Ratios 5 and 20, then exp(12) and exp(25), at A = -1; then tokens of very small probability."""
+    parts = [(_OLD_OF_THEM[i] + _LOG_RATIOS[i], _OLD_OF_THEM[i]) for i in (torch.arange(2), torch.arange(2, 4))] + [
+        (new[None], old[None]) for new, old in zip(*_RARE_PAIR, strict=True)
+    ]
+    return [_word((new - old).exp(), f, new.clone(), old.clone(), -torch.ones_like(new)) for new, old in parts]
+
+
 pc = Question(
     id="ppo_clip",
     title="the clipped loss of PPO",
@@ -657,7 +902,7 @@ pc = Question(
     explanation="The clip takes away the gain from moving further than eps in the direction that A asks for. The minimum "
     "is what keeps the way back open: at r = 0.5 and A = 1 the clipped product is flat, but the unclipped one is smaller "
     "and pulls the ratio up again. One number per token; which tokens count and how to average is the caller's choice.",
-    probes=_clip_probe,
+    probes=_in_two_steps(_clip_probe, _clip_unusual, clipped_policy_loss),
 )
 
 
@@ -677,8 +922,14 @@ def _(f: Any) -> None:
     ratios, old = tensor([0.5, 0.9, 1.1, 1.7]), -normal(4, seed=2).abs()
     logprobs = ratios.log() + old
     for a, want in ((2.0, [-1.0, -1.8, -2.2, -2.4]), (-2.0, [1.6, 1.8, 2.2, 3.4])):
-        got = keeps_inputs(f)(logprobs, old, torch.full((4,), a))
+        got = f(logprobs, old, torch.full((4,), a))
         expect_close(got, tensor(want), f"losses at ratios 0.5, 0.9, 1.1, 1.7 and A = {a:+g}")
+    for a, far in ((1.0, torch.full((4,), -1.2)), (-1.0, _LOG_RATIOS.exp())):
+        got = f(_OLD_OF_THEM + _LOG_RATIOS, _OLD_OF_THEM.clone(), torch.full((4,), a))
+        expect_close(got, far, f"losses at ratios 5, 20, exp(12), exp(25) and A = {a:+g}")
+    got = f(*(x.clone() for x in _RARE_PAIR), -torch.ones(2))
+    where = "losses at log-probabilities -18 and -110 now, -18.5 and -110.1 then, A = -1"
+    expect_close(got, tensor([0.5, 0.1]).exp(), where)
 
 
 @pc.case("cliprange is the half-width of the interval", 1, "1 - cliprange and 1 + cliprange")
@@ -695,7 +946,7 @@ def _(f: Any) -> None:
     "no gradient exactly where the clip binds", 3, "for A > 0 above 1 + eps, for A < 0 below 1 - eps, nowhere else"
 )
 def _(f: Any) -> None:
-    for a, r in _CLIP_GRID:
+    for a, r in [*_CLIP_GRID, (-1.0, 20.0)]:
         logprob = tensor([math.log(r)]).requires_grad_()
         losses = f(logprob, torch.zeros(1), tensor([a]))
         binds = r > 1.2 if a > 0 else r < 0.8
@@ -706,7 +957,7 @@ def _(f: Any) -> None:
 @pc.case("one number per token, which depends on that token only", 1, "masking and averaging are the caller's choice")
 def _(f: Any) -> None:
     inputs = _clip_inputs(7)
-    got = as_tensor(keeps_inputs(f)(*inputs), "losses")
+    got = as_tensor(f(*inputs), "losses")
     expect_shape(got, (2, 5), "losses")
     for b, t in ((0, 1), (1, 4)):
         alone = as_tensor(f(*(x[b : b + 1, t : t + 1] for x in inputs)), "loss")
@@ -793,7 +1044,7 @@ pc.plant(
     ("no-clip", "nothing is clipped", _loss_of(lambda r, a, e: -r * a), "common"),
     (
         "maximum",
-        "the maximum of the two products rewards leaving the interval: take the minimum",
+        "you kept the better of the two products: take their minimum, or, as a loss with the minus sign inside, the maximum",
         _loss_of(lambda r, a, e: -torch.maximum(r * a, r.clamp(1 - e, 1 + e) * a)),
         "common",
     ),
@@ -846,6 +1097,12 @@ pc.plant(
         "common",
     ),
     (
+        "clipped-detached",
+        "the clipped product is detached: inside the interval half of the gradient is lost",
+        _loss_of(lambda r, a, e: -torch.minimum(r * a, r.detach().clamp(1 - e, 1 + e) * a)),
+        "common",
+    ),
+    (
         "clipped-log-ratio",
         "you clipped the log of the ratio: the interval is 1 - eps to 1 + eps for the ratio itself",
         _loss_of(lambda r, a, e: -torch.minimum(r * a, r.log().clamp(-e, e).exp() * a)),
@@ -864,6 +1121,30 @@ pc.plant(
         "you divide log-probabilities: the ratio is exp of their difference",
         _loss_of(_pessimistic, "quotient"),
         "W-PPO-3",
+    ),
+    (
+        "dual-clip",
+        "you bound the loss of a large ratio at A < 0 (a dual clip, or a capped ratio): the formula has no such bound",
+        _loss_of(lambda r, a, e: torch.minimum(_pessimistic(r, a, e), 3 * a.abs())),
+        "common",
+    ),
+    (
+        "clamped-log-ratio",
+        "you clamp the log-ratio before the exp: at A < 0 a large ratio counts in full",
+        lambda n, o, a, cliprange=0.2: _pessimistic((n - o.detach()).clamp(-20.0, 20.0).exp(), a.detach(), cliprange),
+        "common",
+    ),
+    (
+        "quotient-of-exps",
+        "the exp of a very negative log-probability is 0 in float32: subtract first, then take exp",
+        lambda n, o, a, cliprange=0.2: _pessimistic(n.exp() / o.detach().exp(), a.detach(), cliprange),
+        "common",
+    ),
+    (
+        "epsilon",
+        "a small number added to the old probability is not small beside a rare token: subtract the logs instead",
+        lambda n, o, a, cliprange=0.2: _pessimistic(n.exp() / (o.detach().exp() + 1e-8), a.detach(), cliprange),
+        "common",
     ),
     (
         "mean",
@@ -894,6 +1175,12 @@ def _clip_by_cases(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, c
 
 
 pc.right("by cases, float64", _clip_by_cases)
+pc.right(
+    "a quotient of probabilities, float64",
+    lambda n, o, a, cliprange=0.2: _pessimistic(
+        n.double().exp() / o.detach().double().exp(), a.detach().double(), cliprange
+    ),
+)
 pc.right(
     "the larger of two losses",
     lambda n, o, a, cliprange=0.2: torch.max(
@@ -975,6 +1262,12 @@ cg.plant(
         "maximum",
         "this is the maximum of the two products, or the two signs of A exchanged",
         [[0.0, 1.0, 1.0, 1.0], [-1.0, -1.0, -1.0, 0.0]],
+        "common",
+    ),
+    (
+        "lists-exchanged",
+        "the two lists are exchanged: slopes[0] is for A = 1",
+        [[0.0, -1.0, -1.0, -1.0], [1.0, 1.0, 1.0, 0.0]],
         "common",
     ),
     ("no-clip", "this is r A without the clip", [[1.0] * 4, [-1.0] * 4], "common"),
@@ -1065,7 +1358,7 @@ def _escape_kind(x: Tensor) -> str:
     if own[0] != 0:
         return "its own gradient moves it"
     if x[5] <= 0:
-        return "a step down"
+        return "a step down" if x[5] < 0 else "no step"
     if not 0.8 <= before[1] <= 1.2:
         return "nobody moves it" if own[1] == 0 else "the second sample is outside too"
     if x[1] == 0:
@@ -1172,6 +1465,7 @@ ra.plant(
         ((1.0, 0.3), (1.0, 1.0), 0.46, 0.1),
         "common",
     ),
+    ("no-step", "a step of size 0 moves nothing", ((1.0, 0.3), (1.0, 1.0), 0.46, 0.0), "common"),
     ("descent", "a negative step descends; the objective is ascended", ((1.0, -0.3), (1.0, 1.0), 0.46, -5.0), "common"),
     (
         "second-outside",
@@ -1206,6 +1500,21 @@ def _value_probe(f: Any) -> list[Any]:
     return found
 
 
+def _value_unusual(f: Any) -> list[str]:
+    """A clip of 0, values and returns far away, with and without a clip; the old value is 0."""
+    rows = [
+        ((2.0, 3.0, 0.0), 4.5),
+        ((20.0, 25.0, None), 12.5),
+        ((200.0, 0.0, None), 2e4),
+        ((200.0, 0.0, 0.5), 2e4),
+        ((2.0, 25.0, None), 23.0**2 / 2),
+    ]
+    return [
+        _word(tensor([want]), f, tensor([v]), torch.zeros(1), tensor([r]), cliprange_value=eps)
+        for (v, r, eps), want in rows
+    ]
+
+
 vl = Question(
     id="value_loss",
     title="the value loss, with and without a clip",
@@ -1224,16 +1533,18 @@ vl = Question(
     "error is the larger one and constant. A step that moved away keeps its full gradient, since there the unclipped error "
     "is the larger one. eps is in units of reward, so a value that suits one task stops the critic of another. Some "
     "implementations leave out the half or the maximum; then vf_coef means something else.",
-    probes=_value_probe,
+    probes=_in_two_steps(_value_probe, _value_unusual, clipped_value_loss),
 )
 
 
 @vl.case("without a clip: half the squared error, and its slope", 1, "the derivative of 0.5 (v - R)^2 is v - R")
 def _(f: Any) -> None:
-    values, returns = tensor([1.0, 2.0, -1.0]).requires_grad_(), tensor([3.0, 1.5, -1.0])
-    losses = f(values, tensor([0.9, 0.0, 4.0]), returns)
-    expect_close(losses, tensor([2.0, 0.125, 0.0]), "losses at v = (1, 2, -1), R = (3, 1.5, -1)")
-    expect_close(gradient(losses, values, "gradient in values"), tensor([-2.0, 0.5, 0.0]), "gradient in values")
+    values = tensor([1.0, 2.0, -1.0, 20.0, 200.0]).requires_grad_()
+    old, returns = tensor([0.9, 0.0, 4.0, 0.0, 0.0]), tensor([3.0, 1.5, -1.0, 25.0, 0.0])
+    losses, where = f(values, old, returns), "at v = (1, 2, -1, 20, 200), R = (3, 1.5, -1, 25, 0), no clip"
+    expect_close(losses, tensor([2.0, 0.125, 0.0, 12.5, 20000.0]), f"losses {where}")
+    slope = gradient(losses, values, "gradient in values")
+    expect_close(slope, tensor([-2.0, 0.5, 0.0, -5.0, 200.0]), f"gradient {where}")
 
 
 @vl.case(
@@ -1242,27 +1553,35 @@ def _(f: Any) -> None:
     "old value 0, clip 0.5: a value of 2 counts as 0.5, if that is worse",
 )
 def _(f: Any) -> None:
-    values, old = tensor([2.0, 2.0, -2.0, 0.25, 2.0]), torch.zeros(5)
-    returns = tensor([3.0, 0.0, 3.0, 3.0, 1.25])
-    got = keeps_inputs(f)(values, old, returns, cliprange_value=0.5)
-    want = tensor([2.5**2, 2.0**2, 5.0**2, 2.75**2, 0.75**2]) / 2
-    expect_close(got, want, "losses at v = (2, 2, -2, 0.25, 2), old 0, R = (3, 0, 3, 3, 1.25), clip 0.5")
+    values, old = tensor([2.0, 2.0, -2.0, 0.25, 2.0, -2.0]), torch.zeros(6)
+    returns = tensor([3.0, 0.0, 3.0, 3.0, 1.25, -3.0])
+    got = f(values, old, returns, cliprange_value=0.5)
+    want = tensor([2.5**2, 2.0**2, 5.0**2, 2.75**2, 0.75**2, 2.5**2]) / 2
+    expect_close(got, want, "losses at v = (2, 2, -2, 0.25, 2, -2), old 0, R = (3, 0, 3, 3, 1.25, -3), clip 0.5")
     moved = f(values + 7, old + 7, returns + 7, cliprange_value=0.5)
     expect_close(moved, want, "the same with 7 added to values, old_values and returns")
+    for eps, error in ((0.2, 2.8), (0.0, 3.0)):
+        got = f(tensor([2.0]), torch.zeros(1), tensor([3.0]), cliprange_value=eps)
+        expect_close(got, tensor([error**2 / 2]), f"loss at v = 2, old 0, R = 3, clip {eps}")
+    got = f(tensor([200.0, 2.0]), torch.zeros(2), tensor([0.0, 25.0]), cliprange_value=0.5)
+    expect_close(got, tensor([20000.0, 24.5**2 / 2]), "losses at v = (200, 2), old 0, R = (0, 25), clip 0.5")
 
 
 @vl.case("no gradient once a value has moved far enough towards its target", 1, "which of the two errors contains v?")
 def _(f: Any) -> None:
-    values = tensor([2.0, -2.0, 0.25]).requires_grad_()
-    losses = f(values, torch.zeros(3), tensor([3.0, 3.0, 3.0]), cliprange_value=0.5)
-    slope = gradient(losses, values, "gradient in values")
-    expect_close(slope, tensor([0.0, -5.0, -2.75]), "gradient at v = (2, -2, 0.25), old 0, R = 3, clip 0.5")
+    values, returns = tensor([2.0, -2.0, 0.25, -2.0]).requires_grad_(), tensor([3.0, 3.0, 3.0, -3.0])
+    losses = f(values, torch.zeros(4), returns, cliprange_value=0.5)
+    slope, where = gradient(losses, values, "gradient in values"), "v = (2, -2, 0.25, -2), old 0, R = (3, 3, 3, -3)"
+    expect_close(slope, tensor([0.0, -5.0, -2.75, 0.0]), f"gradient at {where}, clip 0.5")
+    value = tensor([2.0]).requires_grad_()
+    slope = gradient(f(value, torch.zeros(1), tensor([3.0]), cliprange_value=0.2), value, "gradient in values")
+    expect_close(slope, torch.zeros(1), "gradient at v = 2, old 0, R = 3, clip 0.2")
 
 
 @vl.case("one number per step, which depends on that step only", 1, "masking and averaging are the caller's choice")
 def _(f: Any) -> None:
     inputs = [normal(2, 4, seed=10 + i) for i in range(3)]
-    got = as_tensor(keeps_inputs(f)(*inputs, cliprange_value=0.4), "losses")
+    got = as_tensor(f(*inputs, cliprange_value=0.4), "losses")
     expect_shape(got, (2, 4), "losses")
     for b, t in ((0, 1), (1, 3)):
         alone = f(*(x[b : b + 1, t : t + 1] for x in inputs), cliprange_value=0.4)
@@ -1288,16 +1607,21 @@ def _value_with(
     detach: str = "both",
     after: str = "",
     default: float | None = None,
+    always: float | None = None,
 ) -> Callable[..., Tensor]:
     def f(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float | None = None) -> Tensor:
         old = old_values if detach in ("returns", "nothing") else old_values.detach()
         target = returns if detach in ("old", "nothing") else returns.detach()
         v = values.detach() if detach == "all" else values
-        eps = default if cliprange_value is None else cliprange_value
+        eps = default if cliprange_value is None else always or cliprange_value
         errors = (v - target) ** 2
         if eps is not None and clip != "ignored":
             clipped = {
                 "old": old + (v - old).clamp(-eps, eps),
+                "above": old + (v - old).clamp(max=eps),
+                "below": old + (v - old).clamp(min=-eps),
+                "difference": (v - old).clamp(-eps, eps),
+                "constant": (old + (v - old).clamp(-eps, eps)).detach(),
                 "zero": v.clamp(-eps, eps),
                 "target": target + (v - target).clamp(-eps, eps),
                 "ratio": torch.minimum(torch.maximum(v, old * (1 - eps)), old * (1 + eps)),
@@ -1307,7 +1631,13 @@ def _value_with(
                 errors, other
             )
         losses = half * errors
-        return {"mean": losses.mean(), "sign": -losses}.get(after, losses)
+        if after == "half without clip":
+            return losses if cliprange_value is None else 2 * losses
+        if after == "half with clip":
+            return losses if cliprange_value is not None else 2 * losses
+        if after == "cap with clip":
+            return losses if cliprange_value is None else losses.clamp(max=1e4)
+        return {"mean": losses.mean(), "sign": -losses, "cap": losses.clamp(max=1e4)}.get(after, losses)
 
     return f
 
@@ -1339,7 +1669,75 @@ vl.plant(
         "common",
     ),
     ("added", "you added the two errors: the larger one counts", _value_with(pick="sum"), "common"),
-    ("clip-ignored", "cliprange_value is ignored", _value_with(clip="ignored"), "common"),
+    (
+        "clip-ignored",
+        "the clip changes nothing: it is left out, or it is around returns, where it never gives the larger error",
+        _value_with(clip="ignored"),
+        "common",
+    ),
+    (
+        "no-lower-edge",
+        "the value may not fall by more than cliprange_value either: clamp on both sides",
+        _value_with(clip="above"),
+        "common",
+    ),
+    (
+        "no-upper-edge",
+        "the value may not rise by more than cliprange_value either: clamp on both sides",
+        _value_with(clip="below"),
+        "common",
+    ),
+    (
+        "old-not-added",
+        "the clipped difference is no prediction: add the old value back before you subtract the return",
+        _value_with(clip="difference"),
+        "common",
+    ),
+    (
+        "clipped-detached",
+        "the clipped prediction is detached: as long as the value is near the old one, half of the gradient is lost",
+        _value_with(clip="constant"),
+        "common",
+    ),
+    ("always-0.5", "the clip is always at 0.5: use cliprange_value", _value_with(always=0.5), "common"),
+    ("always-0.2", "the clip is always at 0.2: use cliprange_value", _value_with(always=0.2), "common"),
+    (
+        "0-as-none",
+        "cliprange_value=0.0 is a number: only None means no clip, so compare with `is None`",
+        lambda v, o, r, cliprange_value=None: clipped_value_loss(v, o, r, cliprange_value or None),
+        "common",
+    ),
+    (
+        "none-as-10",
+        "cliprange_value=None means no clip, not a wide one: values may move further than that",
+        _value_with(default=10.0),
+        "common",
+    ),
+    ("capped", "the loss has no upper bound: you cap it", _value_with(after="cap"), "common"),
+    (
+        "capped-with-clip",
+        "the clip is one of the value, not of the loss: you cap the loss where there is a clip",
+        _value_with(after="cap with clip"),
+        "common",
+    ),
+    (
+        "returns-clamped",
+        "the returns enter as they are: you clamped them",
+        lambda v, o, r, cliprange_value=None: clipped_value_loss(v, o, r.clamp(-5.0, 5.0), cliprange_value),
+        "common",
+    ),
+    (
+        "no-half-with-clip",
+        "the half is missing where there is a clip",
+        _value_with(after="half without clip"),
+        "common",
+    ),
+    (
+        "no-half-without-clip",
+        "the half is missing where there is no clip",
+        _value_with(after="half with clip"),
+        "common",
+    ),
     (
         "always-clipped",
         "cliprange_value=None means no clip at all",
@@ -1392,6 +1790,19 @@ def _value_by_cases(
 
 
 vl.right("by cases, float64", _value_by_cases)
+vl.right(
+    "clamped between two edges, float32",
+    lambda v, o, r, cliprange_value=None: (
+        (v - r.detach()).pow(2) / 2
+        if cliprange_value is None
+        else torch.max(
+            (v - r.detach()).abs(),
+            (torch.clamp(v, o.detach() - cliprange_value, o.detach() + cliprange_value) - r.detach()).abs(),
+        )
+        ** 2
+        / 2
+    ),
+)
 
 
 # -- the signs of the total loss -------------------------------------------------------------------------
@@ -1527,6 +1938,38 @@ def entropy_slope(logits):  # type: ignore[no-untyped-def]
     return -probs * (logprobs + entropy)
 
 
+def _or_error(f: Any, logits: Tensor) -> Any:
+    """The result, or a word if the learner's code raises, as it does for shapes that do not fit."""
+    try:
+        return f(logits)
+    except Exception:
+        return "an error"
+
+
+_TILT = 0.19661193  # p (1 - p) for two tokens whose logits differ by 1
+_WIDE = [
+    ([300.0, 0.0, -300.0], [0.0, 0.0, 0.0]),
+    ([1.0, 0.0, -300.0], [-_TILT, _TILT, 0.0]),
+    ([101.0, 100.0, -200.0], [-_TILT, _TILT, 0.0]),
+    ([1000.0, 999.0, -1000.0], [-_TILT, _TILT, 0.0]),
+]
+"""Logits of one row, far apart or large, and the gradient of its entropy."""
+_TWO_ROWS = tensor([[300.0, 299.0], [0.0, -1.0]])
+_SMALL = tensor([[0.0, -12.0, -20.0]])
+
+
+def _entropy_gradient(logits: Tensor) -> Tensor:
+    x = logits.double().requires_grad_()
+    return torch.autograd.grad(_entropies(x).sum(), x)[0]
+
+
+def _slope_unusual(f: Any) -> list[str]:
+    words = [_word(tensor([want]), f, tensor([row])) for row, want in _WIDE]
+    both = as_tensor(f(_TWO_ROWS.clone()), "probe")
+    words += [_word(tensor([-_TILT, _TILT]), torch.clone, row) for row in both]
+    return [*words, _word(_entropy_gradient(_SMALL), f, _SMALL.clone(), rtol=1e-4, atol=2e-7)]
+
+
 es = Question(
     id="entropy_slope",
     title="the gradient of the entropy",
@@ -1544,12 +1987,14 @@ es = Question(
     explanation="The chain rule gives -sum_i (log p_i + 1) p_i (1_ij - p_j) = -p_j (log p_j + H). The surprise -log p_j is "
     "compared with its mean H: tokens more likely than that lose, the others gain, and at the uniform distribution nothing "
     "moves. So a bonus c' H spreads the policy; it does not make it rigid.",
-    probes=lambda f: [
-        f(normal(2, 4, seed=1)),
-        f(2 * normal(1, 3, seed=2)),
-        f(tensor([[1.0, 1.0, 1.0]])),
-        f(tensor([[300.0, 0.0, -300.0]])),
-    ],
+    probes=_in_two_steps(
+        lambda f: [
+            _or_error(f, x)
+            for x in (normal(2, 4, seed=1), 2 * normal(1, 3, seed=2), tensor([[1.0, 1.0, 1.0]]), normal(3, 3, seed=6))
+        ],
+        _slope_unusual,
+        entropy_slope,
+    ),
 )
 
 
@@ -1571,10 +2016,11 @@ def _(f: Any) -> None:
 
 @es.case("equals automatic differentiation", 2, "only p depends on the logits, but all of p does")
 def _(f: Any) -> None:
-    for logits in (normal(3, 4, seed=3), 2 * normal(2, 6, seed=4)):
-        x = logits.clone().requires_grad_()
-        (want,) = torch.autograd.grad(_entropies(x).sum(), x)
-        expect_close(keeps_inputs(f)(logits), want, "gradient in the logits")
+    for logits in (normal(3, 4, seed=3), 2 * normal(2, 6, seed=4), normal(3, 3, seed=6)):
+        shape = tuple(logits.shape)
+        expect_close(f(logits.clone()), _entropy_gradient(logits), f"gradient in the logits, shape {shape}")
+    where = "gradient at logits (0, -12, -20)"
+    expect_close(f(_SMALL.clone()), _entropy_gradient(_SMALL), where, rtol=1e-4, atol=2e-7)
 
 
 @es.case(
@@ -1588,9 +2034,15 @@ def _(f: Any) -> None:
     expect_close(f(torch.ones(2, 4)), torch.zeros(2, 4), "at equal logits")
 
 
-@es.case("finite where a probability is 0", 1, "0 times log 0 is not a number: log_softmax")
+@es.case(
+    "finite where a probability is 0",
+    1,
+    "a token of probability 0 has the slope 0; if you see nan, some exp overflows or 0 meets log 0: log_softmax",
+)
 def _(f: Any) -> None:
-    expect_close(f(tensor([[300.0, 0.0, -300.0]])), torch.zeros(1, 3), "logits (300, 0, -300)")
+    for row, want in _WIDE:
+        expect_close(f(tensor([row])), tensor([want]), f"logits ({', '.join(f'{x:g}' for x in row)})")
+    expect_close(f(_TWO_ROWS.clone()), tensor([[-_TILT, _TILT]] * 2), "logits in two rows, (300, 299) and (0, -1)")
     other = as_tensor(f(tensor([[2.0, 0.0, -1.0]])), "gradient")
     require(bool(other.abs().max() > 1e-2), "your gradient is 0 everywhere")
 
@@ -1601,6 +2053,23 @@ def _slope_from(choose: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[
     def f(logits: Tensor) -> Tensor:
         log_p = logits.log_softmax(-1)
         return choose(log_p.exp(), log_p, -(log_p.exp() * log_p).sum(-1, keepdim=True))
+
+    return f
+
+
+def _zeros_for_nan(logits: Tensor) -> Tensor:
+    probs = logits.softmax(-1)
+    logprobs = probs.log()
+    return torch.nan_to_num(-probs * (logprobs - (probs * logprobs).sum(-1, keepdim=True)))
+
+
+def _slope_of_exps(exp: Callable[[Tensor], Tensor], tiny: float = 0.0) -> Callable[[Tensor], Tensor]:
+    """The gradient from a softmax of one's own, with another exp."""
+
+    def f(logits: Tensor) -> Tensor:
+        probs = exp(logits) / exp(logits).sum(-1, keepdim=True)
+        logprobs = (probs + tiny).log()
+        return -probs * (logprobs - (probs * logprobs).sum(-1, keepdim=True))
 
     return f
 
@@ -1662,6 +2131,54 @@ es.plant(
         "common",
     ),
     (
+        "nan-to-num",
+        "your result is 0 wherever 0 times log 0 made the entropy nan: take log_softmax instead of replacing nan",
+        _zeros_for_nan,
+        "common",
+    ),
+    (
+        "clamped-logits",
+        "the logits are clamped: only their differences count, so (101, 100) is the same as (1, 0)",
+        lambda x: entropy_slope(x.clamp(-20.0, 20.0)),
+        "common",
+    ),
+    (
+        "log-with-epsilon",
+        "log(p + eps), or log of a clamped p, is wrong where p is small: log_softmax needs neither",
+        lambda x: -x.softmax(-1) * ((p := x.softmax(-1)) + 1e-5).log().sub((p * (p + 1e-5).log()).sum(-1, True)),
+        "common",
+    ),
+    (
+        "naive-softmax",
+        "exp of a large logit is infinite: subtract each row's maximum first, as log_softmax does",
+        _slope_of_exps(lambda x: x.exp()),
+        "common",
+    ),
+    (
+        "naive-softmax-without-log",
+        "in float32 exp is infinite from 89 on: subtract each row's maximum first, as softmax does",
+        _slope_of_exps(lambda x: x.exp(), tiny=1e-30),
+        "common",
+    ),
+    (
+        "naive-softmax-float64",
+        "float64 only moves the limit: exp(1000) is infinite there too, so subtract each row's maximum first",
+        _slope_of_exps(lambda x: x.double().exp()),
+        "common",
+    ),
+    (
+        "global-maximum",
+        "you subtract the maximum of the whole batch: a row far below it becomes 0/0, so take each row's own",
+        _slope_of_exps(lambda x: (x - x.max()).exp(), tiny=1e-30),
+        "common",
+    ),
+    (
+        "no-keepdim",
+        "H has shape (B,), so it is added along the tokens: keepdim=True keeps it beside its own row",
+        _slope_from(lambda p, l, h: -p * (l + h[:, 0])),
+        "common",
+    ),
+    (
         "bits",
         "the entropy is in nats: log is the natural logarithm",
         _slope_from(lambda p, l, h: -p * (l + h) / math.log(2)),
@@ -1676,6 +2193,12 @@ es.plant(
 )
 
 
+def _slope_by_autograd(logits: Tensor) -> Tensor:
+    x = logits.detach().clone().requires_grad_()
+    log_p = x.log_softmax(-1)
+    return torch.autograd.grad(-(log_p.exp() * log_p).sum(), x)[0]
+
+
 def _slope_by_jacobian(logits: Tensor) -> Tensor:
     log_p = logits.double().log_softmax(-1)
     p = log_p.exp()
@@ -1684,6 +2207,11 @@ def _slope_by_jacobian(logits: Tensor) -> Tensor:
 
 
 es.right("the softmax's Jacobian, float64", _slope_by_jacobian)
+es.right("automatic differentiation, float32", _slope_by_autograd)
+es.right(
+    "the logits' distance from their mean under p",
+    lambda x: -x.softmax(-1) * (x - (x.softmax(-1) * x).sum(-1, keepdim=True)),
+)
 es.right(
     "covariance form", lambda x: x.softmax(-1) * ((x.softmax(-1) * x.log_softmax(-1)).sum(-1, True) - x.log_softmax(-1))
 )
@@ -1691,6 +2219,8 @@ es.right(
 
 # -- sure, or changed ------------------------------------------------------------------------------------
 
+_NEAR = 1e-6
+"""A bound counts as met from this close: 0.9 in float32 is a little less than 0.9."""
 _SURE_CHANGED = ((0.95, 0.99), (0.1, 0.13))
 
 
@@ -1699,27 +2229,31 @@ def _two_moves(answer: Any) -> Tensor:
     if any(tuple(row.shape) != (2,) for row in rows):
         raise Fail("your answer: expected two pairs (old probability, new probability)")
     found = torch.stack(rows)
-    if not bool(((found > 0) & (found <= 1)).all()):
-        raise Fail(f"your answer: got {show(found)}, expected probabilities above 0 and at most 1")
+    if not bool(((found > 0) & (found <= 1 + _NEAR)).all()):
+        raise Fail(f"your answer: got {show(found, 7)}, expected probabilities above 0 and at most 1")
     return found
 
 
 def _stopped(old: float, new: float) -> bool:
-    """Whether the clipped objective of an action with A = 1 and eps = 0.2 has no gradient, by differentiation."""
+    """Whether the clipped objective of an action with A = 1 and eps = 0.2 has no gradient, by differentiation.
+
+    A ratio of 1.2 up to rounding counts as inside the interval.
+    """
     x = tensor(new, dtype=torch.float64).requires_grad_()
     ratio = x / old
-    return bool(torch.autograd.grad(torch.minimum(ratio, ratio.clamp(0.8, 1.2)), x)[0] == 0)
+    return bool(torch.autograd.grad(torch.minimum(ratio, ratio.clamp(0.8, 1.2 + _NEAR)), x)[0] == 0)
 
 
 def _sure_kind(x: Tensor) -> str:
     (sure_old, sure_new), (old, new) = x.tolist()
-    if sure_old <= 0.3 and sure_new <= 0.3 and old >= 0.9 and new >= 0.9:
+    sure, unsure = 0.9 - _NEAR, 0.3 + _NEAR
+    if sure_old <= unsure and sure_new <= unsure and old >= sure and new >= sure:
         return "exchanged"
-    if sure_old < 0.9 or sure_new < 0.9:
-        return "only sure afterwards" if sure_new >= 0.9 else "the first is not sure"
-    if sure_new <= sure_old:
+    if sure_old < sure or sure_new < sure:
+        return "only sure afterwards" if sure_new >= sure else "the first is not sure"
+    if sure_new <= sure_old + _NEAR:
         return "the first does not get surer"
-    if old > 0.3 or new > 0.3:
+    if old > unsure or new > unsure:
         return "the second is not unsure"
     if new < old:
         return "the second falls"
@@ -1752,16 +2286,20 @@ sc = Question(
 @sc.case("sure before, surer after, and the clip does nothing", 1, "both at least 0.9, and the second one larger")
 def _(x: Any) -> None:
     old, new = x[0].tolist()
-    require(old >= 0.9 and new >= 0.9, f"from {old:.4g} to {new:.4g}: both must be at least 0.9")
-    require(new > old, f"from {old:.4g} to {new:.4g}: the model must get surer")
-    require(not _stopped(old, new), f"from {old:.4g} to {new:.4g} the ratio {new / old:.4g} is clipped")
+    move = f"from {old:.7g} to {new:.7g}"
+    require(min(old, new) >= 0.9 - _NEAR, f"{move}: both must be at least 0.9")
+    require(new > old + _NEAR, f"{move}: the model must get surer")
+    require(not _stopped(old, new), f"{move} the ratio {new / old:.4g} is clipped")
 
 
 @sc.case("unsure before and after, and the clip stops the gradient", 1, "both at most 0.3, and a ratio above 1.2")
 def _(x: Any) -> None:
     old, new = x[1].tolist()
-    require(old <= 0.3 and new <= 0.3, f"from {old:.4g} to {new:.4g}: both must be at most 0.3")
-    require(_stopped(old, new), f"from {old:.4g} to {new:.4g} the ratio is {new / old:.4g}: the gradient is not 0")
+    move = f"from {old:.7g} to {new:.7g}"
+    require(max(old, new) <= 0.3 + _NEAR, f"{move}: both must be at most 0.3")
+    require(
+        _stopped(old, new), f"{move} the ratio is {new / old:.6g}, not above 1.2: the clip does not stop the gradient"
+    )
 
 
 sc.plant(
@@ -1805,13 +2343,15 @@ sc.plant(
 )
 sc.right("lists, other numbers", [[0.9, 1.0], [0.001, 0.3]])
 sc.right("a tensor", tensor([[0.98, 0.99], [0.05, 0.07]]))
+sc.right("a float32 tensor at the bound 0.9", tensor([[0.9, 0.99], [0.1, 0.2]]))
+sc.right("float32 arrays at both bounds", (np.array([0.9, 1.0], np.float32), np.array([0.2, 0.3], np.float32)))
 
 
 # -- what to watch during an update ----------------------------------------------------------------------
 
 
 def update_metrics(logprobs, old_logprobs, advantages, response_mask, cliprange=0.2):  # type: ignore[no-untyped-def]
-    """Means over the tokens that count: KL estimate, share outside the interval, share without gradient."""
+    """Means over the tokens that count: KL estimate, share outside the interval, share that the clip stops."""
     log_ratios = (logprobs - old_logprobs)[response_mask]
     advantages = advantages[response_mask]
     ratios = log_ratios.exp()
@@ -1828,9 +2368,52 @@ def _metric_inputs(seed: int, spread: float = 0.4) -> tuple[Tensor, Tensor, Tens
     return old + spread * normal(4, 6, seed=seed + 1), old, normal(4, 6, seed=seed + 2), mask
 
 
+def _tokens(
+    log_ratios: Sequence[float], advantages: Sequence[float], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The inputs for tokens with these log-ratios, all of them with log-probability -0.5 now or then."""
+    d = tensor([log_ratios], dtype=dtype)
+    old = torch.where(d > 0, -0.5 - d, torch.full_like(d, -0.5))
+    return old + d, old, tensor([advantages], dtype=dtype), torch.ones_like(d, dtype=torch.bool)
+
+
+_NO_ADVANTAGE = ([0.0, math.log(1.5), math.log(0.5), math.log(1.5)], [0.0, 0.0, 0.0, 1.0])
+_TWO_ABOVE = ([math.log(1.5)] * 2, [0.5, 3.0])
+_LARGE = {-8.0: math.exp(-8) + 7, 12.0: math.exp(12) - 13, 25.0: math.exp(25) - 26}
+"""Log-ratios of a token, and exp(d) - 1 - d."""
+
+
+def _padded_tokens(log_ratio: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two tokens with ratios 1 and 1.5 and A = 1, then two of padding with this log-ratio and A = 0."""
+    new, old, advantages, mask = _tokens([0.0, math.log(1.5), log_ratio, log_ratio], [1.0, 1.0, 0.0, 0.0])
+    return new, old, advantages, mask & tensor([[True, True, False, False]])
+
+
+def _metric_ordinary(f: Any) -> list[Any]:
+    one_low = tensor([[0.81, 1.0]]).log(), torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    return [list(f(*_metric_inputs(1))), list(f(*_metric_inputs(4), cliprange=0.4)), list(f(*one_low))]
+
+
+def _metric_unusual(f: Any) -> list[Any]:
+    def kl(inputs: tuple[Tensor, ...]) -> Any:
+        return _three(f(*inputs))[0]
+
+    small, near_0 = _metric_inputs(7, spread=0.001), _tokens([0.009], [1.0], torch.float64)
+    d = (small[0].double() - small[1].double())[small[3]]
+    large = [_word(want, kl, _tokens([d], [1.0])) for d, want in _LARGE.items()]
+    return [
+        _word((torch.expm1(d) - d).mean(), kl, small, rtol=5e-3, atol=0.0),
+        _word(math.expm1(0.009) - 0.009, kl, near_0, atol=0.0),
+        "right" if set(large) == {"right"} else "wrong",
+        _word((0.5 - math.log(1.5)) / 2, kl, _padded_tokens(200.0)),
+        *(_three(f(*_tokens(*tokens)))[2] for tokens in (_NO_ADVANTAGE, _TWO_ABOVE)),
+        _three(f(*_padded_tokens(0.1)))[2],
+    ]
+
+
 um = Question(
     id="update_metrics",
-    title="how far an update has gone: KL estimate, clip fraction, share without a gradient",
+    title="how far an update has gone: KL estimate, clip fraction, share stopped by the clip",
     chapter=4,
     kind="function",
     theory=False,
@@ -1842,24 +2425,18 @@ um = Question(
         "With d = log pi - log pi_old, E_old[exp(d)] = 1, so exp(d) - 1 - d has the mean KL(old || new) and is never "
         "negative. The two shares differ where the ratio is outside on the side from which the minimum lets it return.",
         "expm1(d) - d; abs(exp(d) - 1) > eps; (A > 0 and r > 1 + eps) or (A < 0 and r < 1 - eps). Each averaged over "
-        "the tokens where the mask is True.",
+        "the tokens where the mask is True. A token with A = 0 has no gradient that the clip could stop.",
     ),
     explanation="The tokens come from the old policy, so the mean of expm1(d) - d is KL(old || new); -d has the same mean, "
     "but single values of either sign. For small d the number is about d^2/2, which exp(d) - 1 - d loses to rounding in "
     "float32. The clip fraction usually logged counts every ratio outside the interval; fewer tokens lack a gradient, "
-    "since the minimum keeps the way back open. An update is often ended early once the KL estimate passes a limit.",
-    probes=lambda f: [
-        list(f(*_metric_inputs(1))),
-        list(f(*_metric_inputs(4), cliprange=0.4)),
-        list(f(*_metric_inputs(7, spread=0.001)))[1:],
-        1e6 * as_tensor(_three(f(*_metric_inputs(7, spread=0.001)))[0], "probe"),
-        list(f(tensor([[0.81, 1.0]]).log(), torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool))),
-    ],
+    "since the minimum keeps the way back open, and a token with A = 0 is not counted: it had none before. An update is often ended early once the KL estimate passes a limit.",
+    probes=_in_two_steps(_metric_ordinary, _metric_unusual, update_metrics),
 )
 
 
 def _three(found: Any) -> tuple[Any, ...]:
-    return unpack(found, 3, "update_metrics returns (approx_kl, clipfrac, share without gradient)")
+    return unpack(found, 3, "update_metrics returns (approx_kl, clipfrac, share stopped by the clip)")
 
 
 @um.case("the tokens of the old policy give KL(old || new)", 2, "a mean under the policy that wrote them")
@@ -1868,7 +2445,7 @@ def _(f: Any) -> None:
         old, new = tensor([0.5, 0.25, 0.25]), logits.softmax(0)
         written = tensor([[0, 0, 1, 2]])  # each token as often as the old policy writes it
         mask, advantages = torch.ones(1, 4, dtype=torch.bool), torch.ones(1, 4)
-        got = _three(keeps_inputs(f)(new.log()[written], old.log()[written], advantages, mask))[0]
+        got = _three(f(new.log()[written], old.log()[written], advantages, mask))[0]
         expect_close(got, (old * (old / new).log()).sum(), "approx_kl against the exact KL(old || new)")
 
 
@@ -1878,6 +2455,8 @@ def _(f: Any) -> None:
         one = tensor([[-2.0]])
         got = as_tensor(_three(f(one + d, one, one, torch.ones(1, 1, dtype=torch.bool)))[0], "approx_kl")
         require(bool((got > 0).all()), f"log-ratio {d}: approx_kl is {show(got)}, expected more than 0")
+    for d, want in _LARGE.items():
+        expect_close(_three(f(*_tokens([d], [1.0])))[0], want, f"one token, log-ratio {d:g}: approx_kl")
 
 
 @um.case("small changes are not lost in rounding", 1, "exp(d) - 1 - d is a small difference of large numbers: expm1")
@@ -1888,6 +2467,10 @@ def _(f: Any) -> None:
     expect_close(
         _three(f(new, old, advantages, mask))[0], want, "approx_kl at log-ratios of about 0.001", rtol=5e-3, atol=0.0
     )
+    one = _tokens([0.009], [1.0])
+    d = one[0].double() - one[1].double()
+    want = (torch.expm1(d) - d).mean()
+    expect_close(_three(f(*one))[0], want, "one token, log-ratio 0.009: approx_kl", rtol=1e-3, atol=0.0)
 
 
 @um.case("clipfrac counts all ratios outside, whatever the advantage", 1, "the distance of the ratio from 1")
@@ -1901,7 +2484,7 @@ def _(f: Any) -> None:
     expect_close(got[1], 0.25, "the same ratios, cliprange 0.4: clipfrac")
 
 
-@um.case("the share without a gradient is that of autograd", 2, "for A > 0 above, for A < 0 below")
+@um.case("the share stopped by the clip is that of autograd", 2, "for A > 0 above, for A < 0 below")
 def _(f: Any) -> None:
     for seed, eps in ((13, 0.2), (16, 0.3)):
         new, old, advantages, mask = _metric_inputs(seed)
@@ -1910,19 +2493,31 @@ def _(f: Any) -> None:
         torch.minimum(ratio * advantages, ratio.clamp(1 - eps, 1 + eps) * advantages).sum().backward()
         assert x.grad is not None
         want = (x.grad[mask] == 0).double().mean()
-        expect_close(
-            _three(f(new, old, advantages, mask, cliprange=eps))[2], want, "share of tokens without a gradient"
-        )
+        expect_close(_three(f(new, old, advantages, mask, cliprange=eps))[2], want, "share stopped by the clip")
+    got = _three(f(*_tokens([math.log(1.3)], [1.0]), cliprange=0.4))[2]
+    expect_close(got, 0.0, "one token, ratio 1.3, A = 1, cliprange 0.4: share stopped by the clip")
+    got = _three(f(*_tokens(*_TWO_ABOVE)))[2]
+    expect_close(got, 1.0, "ratios 1.5 and 1.5, A = 0.5 and 3: share stopped by the clip")
+    got = _three(f(*_tokens(*_NO_ADVANTAGE)))[2]
+    expect_close(got, 0.25, "ratios 1, 1.5, 0.5, 1.5, A = 0, 0, 0, 1 (at A = 0 the clip stops nothing): the share")
 
 
 @um.case("padding does not count, and every token that does counts the same", 1, "one mean over all tokens of the mask")
 def _(f: Any) -> None:
     new, old, advantages, mask = _metric_inputs(19)
-    got = _three(keeps_inputs(f)(new, old, advantages, mask))
+    got = _three(f(new, old, advantages, mask))
     flat = _three(f(*(x[mask][None] for x in (new, old, advantages, mask))))
-    for name, x, y in zip(("approx_kl", "clipfrac", "share without gradient"), got, flat, strict=True):
+    for name, x, y in zip(("approx_kl", "clipfrac", "share stopped by the clip"), got, flat, strict=True):
         expect_close(x, as_tensor(y, name), f"{name}: padded batch against its tokens in one row")
     require(0 < as_tensor(flat[1], "clipfrac") < 1, "clipfrac is 0 or 1 where some ratios are outside, some inside")
+    for log_ratio in (0.1, 200.0):
+        got, where = (
+            _three(f(*_padded_tokens(log_ratio))),
+            f"ratios 1 and 1.5, padding with log-ratio {log_ratio:g}, A = 0",
+        )
+        wants = ((0.5 - math.log(1.5)) / 2, 0.5, 0.5)
+        for name, x, want in zip(("approx_kl", "clipfrac", "share stopped by the clip"), got, wants, strict=True):
+            expect_close(x, want, f"{where}: {name}")
 
 
 def _metrics_with(
@@ -1945,9 +2540,15 @@ def _metrics_with(
             "exchanged": ((a < 0) & (r > 1 + e)) | ((a > 0) & (r < 1 - e)),
             "clipfrac": (r - 1).abs() > e,
             "upper": (a > 0) & (r > 1 + e),
+            "fixed": ((a > 0) & (r > 1.2)) | ((a < 0) & (r < 0.8)),
+            "zero": ((a > 0) & (r > 1 + e)) | ((a < 0) & (r < 1 - e)) | (a == 0),
+            "zero as negative": torch.where(a > 0, r > 1 + e, r < 1 - e),
+            "zero outside": ((a >= 0) & (r > 1 + e)) | ((a <= 0) & (r < 1 - e)),
         }[stopped]
         found = [kl(d), far.float(), ends.float()]
         if average == "tokens":
+            means = [x[response_mask].mean() for x in found]
+        elif average == "times":
             means = [(x * m).sum() / m.sum() for x in found]
         elif average == "responses":
             means = [((x * m).sum(1) / m.sum(1)).mean() for x in found]
@@ -1956,6 +2557,15 @@ def _metrics_with(
         return tuple(means[i] for i in order)
 
     return f
+
+
+def _zeros_of_the_padding(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, response_mask: Tensor, cliprange: float = 0.2
+) -> Any:
+    d = torch.where(response_mask, logprobs - old_logprobs, 0.0)  # then padding has the ratio 1
+    stopped = (advantages * d.sign() > 0) & (torch.expm1(d).abs() > cliprange) | (advantages == 0)
+    shares = ((torch.expm1(d).abs() > cliprange).sum(), stopped.sum())
+    return tuple(x / response_mask.sum() for x in ((torch.expm1(d) - d).sum(), *shares))
 
 
 um.plant(
@@ -2021,6 +2631,66 @@ um.plant(
         "common",
     ),
     ("cliprange-ignored", "clipfrac always uses 0.2: use the argument", _metrics_with(outside="fixed"), "common"),
+    (
+        "cliprange-ignored-third",
+        "the third number always uses 0.2: use the argument",
+        _metrics_with(stopped="fixed"),
+        "common",
+    ),
+    (
+        "cliprange-ignored-twice",
+        "both shares always use 0.2: use the argument",
+        _metrics_with(outside="fixed", stopped="fixed"),
+        "common",
+    ),
+    (
+        "whitened",
+        "you centred the advantages: then some that are positive count as negative",
+        lambda n, o, a, m, cliprange=0.2: update_metrics(n, o, (a - a[m].mean()) / (a[m].std() + 1e-8), m, cliprange),
+        "common",
+    ),
+    (
+        "zero-advantage-counted",
+        "a token with A = 0 has no gradient that the clip could stop: it does not count",
+        _metrics_with(stopped="zero"),
+        "common",
+    ),
+    (
+        "zero-advantage-outside",
+        "a token with A = 0 does not count, even if its ratio is outside: compare with > and <",
+        _metrics_with(stopped="zero outside"),
+        "common",
+    ),
+    (
+        "zero-advantage-on-one-side",
+        "a token with A = 0 is treated as if its advantage had a sign: it does not count, on either side",
+        _metrics_with(stopped="zero as negative"),
+        "common",
+    ),
+    (
+        "zero-advantage-in-padding",
+        "you counted tokens with A = 0, those of the padding as well: neither counts",
+        _zeros_of_the_padding,
+        "common",
+    ),
+    (
+        "exp-before-mask",
+        "the exp of the padding overflows, and infinity times a mask of 0 is not a number: drop the padding first",
+        _metrics_with(average="times"),
+        "common",
+    ),
+    (
+        "clamped-log-ratio",
+        "you clamp the log-ratio: a token that has changed much counts in full",
+        _metrics_with(kl=lambda d: torch.expm1(d.clamp(-20.0, 20.0)) - d.clamp(-20.0, 20.0)),
+        "common",
+    ),
+    (
+        "half-square-near-0",
+        "d^2/2 for small d is off by a share of d/3: expm1 needs no such case",
+        _metrics_with(kl=lambda d: torch.where(d.abs() < 0.01, d**2 / 2, torch.expm1(d) - d)),
+        "common",
+    ),
     ("padding-counted", "the padding is in the means", _metrics_with(average="padding"), "common"),
     (
         "per-response",
@@ -2031,7 +2701,7 @@ um.plant(
     ("summed", "sums instead of means", _metrics_with(average="sum"), "common"),
     (
         "exchanged",
-        "the two shares are exchanged: first all ratios outside, then those without a gradient",
+        "the two shares are exchanged: first all ratios outside, then those that the clip stops",
         _metrics_with(order=(0, 2, 1)),
         "common",
     ),
@@ -2050,7 +2720,7 @@ def _metrics_by_loop(
     ]
     kls = [math.expm1(d) - d for d, _ in rows]
     outside = [abs(math.exp(d) - 1) > cliprange for d, _ in rows]
-    stopped = [far and (d > 0) == (a > 0) for far, (d, a) in zip(outside, rows, strict=True)]
+    stopped = [far and d * a > 0 for far, (d, a) in zip(outside, rows, strict=True)]
     return [sum(x) / len(rows) for x in (kls, outside, stopped)]
 
 
@@ -2062,7 +2732,7 @@ um.right(
         for x in (
             (n - o).double().exp() - 1 - (n - o).double(),
             ((n - o).exp() - 1).abs() > cliprange,
-            torch.where(a > 0, (n - o).exp() > 1 + cliprange, (n - o).exp() < 1 - cliprange),
+            a * ((n - o).exp() - 1) > cliprange * a.abs(),
         )
     ),
 )

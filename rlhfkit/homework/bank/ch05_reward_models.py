@@ -18,7 +18,6 @@ from rlhfkit.homework.comparisons import (
     expect_shape,
     gradient,
     gradient_or_none,
-    keeps_inputs,
     lines,
     normal,
     require,
@@ -87,7 +86,7 @@ def _(f: Any) -> None:
 @bt.case("one number per pair, which depends on that pair only", 1, "the average is the caller's choice")
 def _(f: Any) -> None:
     chosen, rejected = normal(5, seed=4), normal(5, seed=5)
-    got = as_tensor(keeps_inputs(f)(chosen, rejected), "losses")
+    got = as_tensor(f(chosen, rejected), "losses")
     expect_shape(got, (5,), "losses")
     alone = [as_tensor(f(chosen[i : i + 1], rejected[i : i + 1]), "loss")[0] for i in range(5)]
     expect_close(got, torch.stack(alone), "losses of five pairs together against each alone")
@@ -410,7 +409,7 @@ lt = Question(
 
 
 def _index(f: Any, rows: list[list[int]], pad_id: int, want: list[int], what: str) -> None:
-    got = as_tensor(keeps_inputs(f)(tensor(rows), pad_id), "positions")
+    got = as_tensor(f(tensor(rows), pad_id), "positions")
     expect_close(got, tensor(want), f"positions, {what}")
 
 
@@ -660,7 +659,7 @@ def _with_input(f: Any, scores: Tensor) -> list[Any]:
 @sh.case("the loss of every pair stays as it was", 2, "which number of a pair enters its loss?")
 def _(f: Any) -> None:
     for scores in (_SCORES, 3 * normal(5, 4, seed=2), *_EASY_TO_MISS):
-        got = as_tensor(keeps_inputs(f)(scores.clone()), "scores")
+        got = as_tensor(f(scores.clone()), "scores")
         expect_shape(got, tuple(scores.shape), "scores")
         for i, j in itertools.combinations(range(scores.shape[1]), 2):
             old, new = -logsigmoid(scores[:, i] - scores[:, j]), -logsigmoid(got[:, i] - got[:, j])
@@ -674,7 +673,7 @@ def _(f: Any) -> None:
 )
 def _(f: Any) -> None:
     for scores in (_SCORES, *_EASY_TO_MISS):
-        moved = as_tensor(keeps_inputs(f)(scores.clone()), "scores")
+        moved = as_tensor(f(scores.clone()), "scores")
         expect_shape(moved, tuple(scores.shape), "scores")
         moved = moved - scores
         least = int(moved.abs().argmin())
@@ -1153,7 +1152,7 @@ kw = Question(
 @kw.case("two responses: the loss of the pair", 1, "K = 2 has one pair")
 def _(f: Any) -> None:
     scores = normal(5, 2, seed=3)
-    got = as_tensor(keeps_inputs(f)(scores), "losses")
+    got = as_tensor(f(scores), "losses")
     expect_shape(got, (5,), "losses")
     expect_close(got, softplus(scores[:, 1] - scores[:, 0]), "losses of five prompts with two responses")
 
@@ -1357,7 +1356,7 @@ ce = Question(
     "two numbers: the mean of the predictions and the share of wins",
 )
 def _(f: Any) -> None:
-    got = keeps_inputs(f)(tensor([0.6, 0.7, 0.8, 0.9]), tensor([True, False, True, False]), num_bins=1)
+    got = f(tensor([0.6, 0.7, 0.8, 0.9]), tensor([True, False, True, False]), num_bins=1)
     expect_close(got, 0.25, "probabilities (.6, .7, .8, .9), outcomes (1, 0, 1, 0), 1 bin", atol=_PRECISION)
     got = f(tensor([0.1, 0.2, 0.3]), tensor([True, True, False]), num_bins=1)
     expect_close(got, 2 / 3 - 0.2, "probabilities (.1, .2, .3), outcomes (1, 1, 0), 1 bin", atol=_PRECISION)

@@ -15,7 +15,6 @@ from rlhfkit.homework.comparisons import (
     as_tensor,
     expect_close,
     expect_shape,
-    keeps_inputs,
     lines,
     normal,
     require,
@@ -24,6 +23,13 @@ from rlhfkit.homework.comparisons import (
     unpack,
 )
 from rlhfkit.homework.core import Question
+
+
+def _finite(got: Any) -> Tensor | str:
+    """For probes: the numbers, or "not finite", which hides where nan and inf stand."""
+    x = as_tensor(got, "probe")
+    return x if bool(torch.isfinite(x).all()) else "not finite"
+
 
 # -- the gradient of the whole objective -----------------------------------------------------------------
 
@@ -67,8 +73,19 @@ rg = Question(
     "E[w grad log pi], and sum_y pi grad w = -beta E[grad log pi] = 0. The logits act through the sampling "
     "probabilities: a given response has a score without any logits in it, and yet the gradient of the expected score "
     "is not 0. In the logits the entries are pi(i) (w(i) - E[w]), and the mean over prompts adds 1/P.",
-    probes=lambda f: [f(*_world(2, 4, 1), 0.5), f(*_world(3, 3, 5), 1.7)],
+    probes=lambda f: [
+        f(*_world(2, 4, 1), 0.5),
+        f(*_world(3, 3, 5), 1.7),
+        [_finite(row) for row in as_tensor(f(*_edge([100.0, 99.0, 98.0], [0.0, -1.0, -220.0]), 0.6), "probe")],
+    ],
 )
+
+
+def _edge(*logits: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts with these logits, and one with equal logits at which the reference has a very rare response."""
+    x = tensor([*logits, [0.0, 0.0, 0.0]])
+    ref = tensor([[0.3, 0.2, 0.5]] * len(logits) + [[3e-7, 0.4, 0.6]]).log()
+    return x, ref, tensor([[1.0, -0.5, 2.0]]).expand_as(x).clone()
 
 
 @rg.case("at the reference, beta plays no part", 1, "what is the slope of KL(pi || ref) where it is smallest?")
@@ -101,13 +118,22 @@ def _(f: Any) -> None:
     )
 
 
-@rg.case("equals autograd through the whole sum, for three prompts", 2, "J is a mean over prompts")
+@rg.case(
+    "equals autograd through the whole sum, for three prompts",
+    2,
+    "J is a mean over prompts; log_softmax bears any logits",
+)
 def _(f: Any) -> None:
     for seed, beta in ((20, 0.3), (23, 1.5)):
         logits, ref, scores = _world(3, 4, seed)
         x = logits.clone().requires_grad_()
         (want,) = torch.autograd.grad(_mean_objective(x, ref, scores, beta), x)
-        expect_close(keeps_inputs(f)(logits, ref, scores, beta), want, f"gradient for three prompts, beta {beta:g}")
+        expect_close(f(logits, ref, scores, beta), want, f"gradient for three prompts, beta {beta:g}")
+    logits, ref, scores = _edge([100.0, 99.0, -120.0])
+    x = logits.clone().requires_grad_()
+    (want,) = torch.autograd.grad(_mean_objective(x, ref, scores, 0.7), x)
+    what = "gradient for logits (100, 99, -120), ref (.3, .2, .5); logits (0, 0, 0), ref (3e-7, .4, .6)"
+    expect_close(f(logits, ref, scores, 0.7), want, what, rtol=1e-3, atol=1e-3)
 
 
 def _gradient_of(weight: Callable[..., Tensor], centre: bool = True) -> Callable[..., Tensor]:
@@ -119,6 +145,28 @@ def _gradient_of(weight: Callable[..., Tensor], centre: bool = True) -> Callable
         return p * (w - (p * w).sum(-1, keepdim=True) * centre) / len(logits)
 
     return f
+
+
+def _from_logprobs(logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, beta: float) -> Tensor:
+    p, w = logprobs.exp(), scores - beta * (logprobs - ref_logprobs)
+    return p * (w - (p * w).sum(-1, keepdim=True)) / len(logprobs)
+
+
+def _by_softmax(softmax: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """log pi as the log of probabilities, which are 0 or nan for some logits."""
+    return lambda logits, ref, s, b: _from_logprobs(softmax(logits).log(), ref, s, b)
+
+
+def _without_probabilities(logits: Tensor, ref_logprobs: Tensor, scores: Tensor, beta: float) -> Tensor:
+    logprobs = logits.log_softmax(-1)
+    w = scores - beta * (logprobs - ref_logprobs)
+    return (w - (logprobs.exp() * w).sum(-1, keepdim=True)) / len(logits)
+
+
+def _uniform_baseline(logits: Tensor, ref_logprobs: Tensor, scores: Tensor, beta: float) -> Tensor:
+    logprobs = logits.log_softmax(-1)
+    w = scores - beta * (logprobs - ref_logprobs)
+    return logprobs.exp() * (w - w.mean(-1, keepdim=True)) / len(logits)
 
 
 def _whole_table(logits: Tensor, ref_logprobs: Tensor, scores: Tensor, beta: float) -> Tensor:
@@ -220,6 +268,48 @@ rg.plant(
         "common",
     ),
     (
+        "no-probabilities",
+        "the factor pi(y) is missing: a response counts as often as the policy gives it",
+        _without_probabilities,
+        "common",
+    ),
+    (
+        "uniform-baseline",
+        "you subtracted the plain mean of the weights: it must be their mean under the policy",
+        _uniform_baseline,
+        "common",
+    ),
+    (
+        "beta-on-the-score",
+        "beta stands in front of the KL, not of the score",
+        _gradient_of(lambda lp, ref, s, b: b * s - (lp - ref)),
+        "common",
+    ),
+    (
+        "log-ratio-clamped",
+        "you clamped the log-ratio: the penalty grows with it, however large it is",
+        _gradient_of(lambda lp, ref, s, b: s - b * (lp - ref).clamp(-10, 10)),
+        "common",
+    ),
+    (
+        "softmax-overflow",
+        "exp(logits) overflows at a logit of 100: use log_softmax",
+        _by_softmax(lambda x: x.exp() / x.exp().sum(-1, keepdim=True)),
+        "common",
+    ),
+    (
+        "log-sum-exp-overflow",
+        "log(sum(exp(logits))) overflows at a logit of 100: log_softmax does not",
+        lambda logits, ref, s, b: _from_logprobs(logits - logits.exp().sum(-1, keepdim=True).log(), ref, s, b),
+        "common",
+    ),
+    (
+        "log-of-softmax",
+        "a very small probability is rounded to 0, and its log is -inf: take log_softmax of the logits",
+        _by_softmax(lambda x: x.softmax(-1)),
+        "common",
+    ),
+    (
         "descent",
         "this is minus the gradient, the gradient of a loss",
         lambda logits, ref, s, b: -rlhf_gradient(logits, ref, s, b),
@@ -244,12 +334,27 @@ def _gradient_by_autograd(logits: Tensor, ref_logprobs: Tensor, scores: Tensor, 
 def _gradient_by_jacobian(logits: Tensor, ref_logprobs: Tensor, scores: Tensor, beta: float) -> Tensor:
     rows = []
     for x, q, s in zip(logits, ref_logprobs, scores, strict=True):
-        p = x.softmax(0)
-        rows.append((torch.diag(p) - torch.outer(p, p)) @ (s - beta * (1 + p.log() - q)))
+        logprobs = x.log_softmax(0)
+        p = logprobs.exp()
+        rows.append((torch.diag(p) - torch.outer(p, p)) @ (s - beta * (1 + logprobs - q)))
     return torch.stack(rows) / len(logits)
 
 
+def _gradient_by_distributions(logits: Tensor, ref_logprobs: Tensor, scores: Tensor, beta: float) -> Tensor:
+    x = logits.clone().requires_grad_()
+    law, ref = (torch.distributions.Categorical(logits=y) for y in (x, ref_logprobs))
+    j = (law.probs * scores).sum(-1) - beta * torch.distributions.kl_divergence(law, ref)
+    return torch.autograd.grad(j.mean(), x)[0]
+
+
+def _gradient_by_logits(logits: Tensor, ref_logprobs: Tensor, scores: Tensor, beta: float) -> Tensor:
+    p, w = logits.softmax(-1), scores - beta * (logits - ref_logprobs)
+    return p * (w - (p * w).sum(-1, keepdim=True)) / len(logits)
+
+
 rg.right("autograd, float64", _gradient_by_autograd)
+rg.right("torch.distributions and autograd, float32", _gradient_by_distributions)
+rg.right("logits in place of log pi, as the shift drops out, float32", _gradient_by_logits)
 rg.right("matrix form, with the extra term that drops out", _gradient_by_jacobian)
 rg.right(
     "towards the optimum: beta pi (log(pi*/pi) + KL(pi || pi*)) / P",
@@ -273,7 +378,7 @@ _PI, _SFT = [0.5, 0.3, 0.2], [0.2, 0.3, 0.5]
 
 
 def _pair(f: Any, pi: Tensor, sft: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    value, gradient = unpack(keeps_inputs(f)(pi.clone(), sft.clone(), beta), 2, "kl_term returns (value, gradient)")
+    value, gradient = unpack(f(pi.clone(), sft.clone(), beta), 2, "kl_term returns (value, gradient)")
     value, gradient = as_tensor(value, "value"), as_tensor(gradient, "gradient")
     expect_shape(value, (), "value")
     expect_shape(gradient, tuple(pi.shape), "gradient")
@@ -301,7 +406,11 @@ kt = Question(
     "pi = (.5, .3, .2), sft = (.2, .3, .5), beta = 1 the value is -0.275 and the gradient (-0.321, 0.082, 0.238).",
     probes=lambda f: [
         list(unpack(f(tensor(p), tensor(q), beta), 2, "probe"))
-        for p, q, beta in (([0.6, 0.3, 0.1], _SFT, 0.5), ([0.1, 0.2, 0.3, 0.4], [0.4, 0.1, 0.2, 0.3], 2.0))
+        for p, q, beta in (
+            ([0.6, 0.3, 0.1], _SFT, 0.5),
+            ([0.1, 0.2, 0.3, 0.4], [0.4, 0.1, 0.2, 0.3], 2.0),
+            ([0.8, 0.2], [0.001, 0.999], 1.0),
+        )
     ],
 )
 
@@ -336,6 +445,14 @@ def _(f: Any) -> None:
         value, gradient = _pair(f, logits.detach().softmax(0), sft, beta)
         expect_close(value, want, f"value, beta {beta:g}", rtol=2e-3, atol=6e-4)
         expect_close(gradient, slope, f"gradient, beta {beta:g}", rtol=2e-3, atol=6e-4)
+    for rare, beta in ((0.01, 1.0), (0.001, 1.0), (0.001, 10.0)):
+        logits, sft = tensor([0.9, 0.1]).log().requires_grad_(), tensor([rare, 1 - rare])
+        want = _mean_objective(logits[None], sft.log()[None], torch.zeros(1, 2), beta)
+        (slope,) = torch.autograd.grad(want, logits)
+        value, gradient = _pair(f, tensor([0.9, 0.1]), sft, beta)
+        where = f"pi = (.9, .1), sft = {show(sft)}, beta {beta:g}"
+        expect_close(value, want, f"value, {where}", rtol=2e-3, atol=6e-4)
+        expect_close(gradient, slope, f"gradient, {where}", rtol=2e-3, atol=6e-4)
 
 
 def _centred(p: Tensor, w: Tensor) -> Tensor:
@@ -344,6 +461,10 @@ def _centred(p: Tensor, w: Tensor) -> Tensor:
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     return (p * (p / q).log()).sum()
+
+
+def _clamped(p: Tensor, q: Tensor) -> Tensor:
+    return (p / q).log().clamp(-5, 5)
 
 
 kt.plant(
@@ -416,6 +537,54 @@ kt.plant(
         ),
         "common",
     ),
+    (
+        "log2",
+        "this is in bits: the logarithm is the natural one",
+        lambda p, q, b: tuple(x / math.log(2) for x in kl_term(p, q, b)),
+        "common",
+    ),
+    (
+        "mean-in-the-value",
+        "the value is a sum weighted with pi, which is a mean already; you divided it by N as well",
+        lambda p, q, b: (kl_term(p, q, b)[0] / len(p), kl_term(p, q, b)[1]),
+        "common",
+    ),
+    (
+        "mean-for-sum",
+        "a sum weighted with pi is a mean already: you divided value and gradient by N as well",
+        lambda p, q, b: tuple(x / len(p) for x in kl_term(p, q, b)),
+        "common",
+    ),
+    (
+        "value-under-sft",
+        "in the value the log-ratios are weighted with pi, not with sft",
+        lambda p, q, b: (-b * (q * (p / q).log()).sum(), kl_term(p, q, b)[1]),
+        "common",
+    ),
+    (
+        "gradient-of-the-other-direction",
+        "the value is right; beta (sft - pi) is the gradient of -beta KL(sft || pi), with the arguments exchanged",
+        lambda p, q, b: (kl_term(p, q, b)[0], b * (q - p)),
+        "common",
+    ),
+    (
+        "no-beta-in-the-value",
+        "beta is missing in the value",
+        lambda p, q, b: (kl_term(p, q, 1.0)[0], kl_term(p, q, b)[1]),
+        "W-RLHF-9",
+    ),
+    (
+        "no-beta-in-the-gradient",
+        "beta is missing in the gradient",
+        lambda p, q, b: (kl_term(p, q, b)[0], kl_term(p, q, 1.0)[1]),
+        "W-RLHF-9",
+    ),
+    (
+        "log-ratio-clamped",
+        "you clamped the log-ratio: the penalty grows with it, however large it is",
+        lambda p, q, b: (-b * (p * _clamped(p, q)).sum(), -b * _centred(p, _clamped(p, q))),
+        "common",
+    ),
 )
 
 
@@ -467,6 +636,8 @@ px = Question(
     probes=lambda f: [
         f(tensor(_PI), tensor([0.8, 0.1, 0.1]), 1.0),
         f(tensor([0.1, 0.2, 0.3, 0.4]), tensor([0.3, 0.1, 0.5, 0.1]), 0.4),
+        f(tensor([0.2, 0.3, 0.5]), tensor([0.1, 0.2, 0.7]), 20.0),
+        _finite(f(tensor(_PI), tensor([0.7, 0.3, 0.0]), 1.0)),
     ],
 )
 
@@ -493,10 +664,14 @@ def _(f: Any) -> None:
 
 @px.case("equals autograd", 2, "it is a likelihood of data, so it depends on the data, and gamma is a factor")
 def _(f: Any) -> None:
-    for seed, gamma in ((20, 1.0), (21, 0.3), (22, 4.0)):
+    for seed, gamma in ((20, 1.0), (21, 0.3), (22, 4.0), (23, 27.8)):
         logits, data = normal(4, seed=seed).requires_grad_(), normal(4, seed=seed + 5).softmax(0)
         (want,) = torch.autograd.grad(gamma * (data * logits.log_softmax(0)).sum(), logits)
         expect_close(f(logits.detach().softmax(0), data, gamma), want, f"gradient, gamma {gamma:g}", rtol=1e-3)
+    logits, data = tensor(_PI).log().requires_grad_(), tensor([0.7, 0.3, 0.0])
+    (want,) = torch.autograd.grad((data * logits.log_softmax(0)).sum(), logits)
+    got = f(tensor(_PI), data, 1.0)
+    expect_close(got, want, "gradient for pi = (.5, .3, .2), data = (.7, .3, 0), gamma 1", rtol=1e-3)
 
 
 px.plant(
@@ -554,6 +729,18 @@ px.plant(
         "log-data-as-reward",
         "you took the data's log-probabilities for rewards of the policy's own responses",
         lambda p, d, g: g * _centred(p, d.log()),
+        "common",
+    ),
+    (
+        "absent-texts-skipped",
+        "a text with probability 0 in the data is pushed down too: its entry is -gamma pi, not 0",
+        lambda p, d, g: g * torch.where(d > 0, d - p, 0.0),
+        "common",
+    ),
+    (
+        "gamma-capped",
+        "you limited gamma: the term is proportional to it, however large it is",
+        lambda p, d, g: min(g, 10.0) * (d - p),
         "common",
     ),
 )
@@ -670,6 +857,7 @@ ol.plant(
         "W-RLHF-4",
     ),
 )
+ol.wrong("true-lines", "these are the true lines: the false ones are asked for", {1, 4, 5, 7, 8})
 ol.right("a list", [6, 3, 2])
 ol.right("numpy integers", np.array([2, 3, 6]))
 
@@ -692,12 +880,25 @@ _MASK = [
     [False, True, True, True, False],
     [True] * 5,
     [False, False, True] + [False] * 2,
+    [False, False, False, True, True],
 ]
+_ENDS = [2, 3, 4, 2, 4]
 
 
 def _rollout(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logprobs, ref_logprobs = -normal(4, 5, seed=seed).exp(), -normal(4, 5, seed=seed + 1).exp()
-    return normal(4, seed=seed + 2) + 2, logprobs, ref_logprobs, tensor(_MASK)
+    logprobs, ref_logprobs = -normal(5, 5, seed=seed).exp(), -normal(5, 5, seed=seed + 1).exp()
+    return normal(5, seed=seed + 2) + 2, logprobs, ref_logprobs, tensor(_MASK)
+
+
+def _wide_rollout(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A very bad score, log-ratios of 12 and -12, and last tokens as likely under the policy as under the reference."""
+    scores, logprobs, ref, mask = _rollout(seed)
+    scores[1] = -30.0
+    logprobs[2, 1], ref[2, 1] = -0.5, -12.5
+    logprobs[2, 2], ref[2, 2] = -13.0, -1.0
+    for row in (0, 2, 4):
+        ref[row, _ENDS[row]] = logprobs[row, _ENDS[row]]
+    return scores, logprobs, ref, mask
 
 
 def _rewards_probe(f: Any) -> list[Any]:
@@ -705,7 +906,8 @@ def _rewards_probe(f: Any) -> list[Any]:
     given = logprobs.clone()
     got = f(scores, given, ref, mask, 0.3)
     first = f(scores, logprobs.clone().requires_grad_(), ref, mask, 0.0)
-    return [got, given, "attached" if isinstance(first, Tensor) and first.requires_grad else "a number"]
+    wide = f(*_wide_rollout(3), 0.3)
+    return [got, given, wide, "attached" if isinstance(first, Tensor) and first.requires_grad else "a number"]
 
 
 tr = Question(
@@ -754,22 +956,28 @@ def _(f: Any) -> None:
 
 @tr.case("the score stands on the last real token, and only there", 1, "with kl_coef 0 nothing else is left")
 def _(f: Any) -> None:
-    scores, logprobs, ref, mask = _rollout(5)
-    want = torch.zeros(4, 5)
-    want[range(4), [2, 3, 4, 2]] = scores
-    expect_close(f(scores, logprobs, ref, mask, 0.0), want, "rewards with kl_coef 0")
+    for scores, logprobs, ref, mask in (_rollout(5), _wide_rollout(5)):
+        want = torch.zeros(5, 5)
+        want[range(5), _ENDS] = scores
+        expect_close(f(scores, logprobs, ref, mask, 0.0), want, "rewards with kl_coef 0")
 
 
 @tr.case("each token pays its own penalty, the last one too; padding pays nothing", 2, "what does padding hold?")
 def _(f: Any) -> None:
-    _, logprobs, ref, mask = _rollout(9)
+    for scores, logprobs, ref, mask in (_rollout(9), _wide_rollout(9)):
+        _judge_penalties(f, scores, logprobs, ref, mask)
+
+
+def _judge_penalties(f: Any, scores: Tensor, logprobs: Tensor, ref: Tensor, mask: Tensor) -> None:
     filled = [torch.where(mask, x, tensor(y)) for x, y in ((logprobs, -50.0), (ref, 3.0))]
-    got = as_tensor(keeps_inputs(f)(torch.zeros(4), *filled, mask, 0.25), "rewards")
-    expect_shape(got, (4, 5), "rewards")
-    expect_close(got[~mask], torch.zeros(8), "rewards on padding, scores 0")
+    got = as_tensor(f(torch.zeros(5), *filled, mask, 0.25), "rewards")
+    expect_shape(got, (5, 5), "rewards")
+    expect_close(got[~mask], torch.zeros(11), "rewards on padding, scores 0")
     expect_close(got[mask], 0.25 * (ref - logprobs)[mask], "rewards on the response, scores 0")
-    both = as_tensor(f(torch.full((4,), 2.0), *filled, mask, 0.25), "rewards")
-    expect_close(both.sum(1), got.sum(1) + 2, "sum of the rewards with scores 2, against scores 0 plus 2")
+    both = as_tensor(f(scores, *filled, mask, 0.25), "rewards").sum(1)
+    for row, (now, penalty, score) in enumerate(zip(both, got.sum(1), scores.double(), strict=True)):
+        what = f"row {row}: with score {score:.3f} the rewards sum to {now:.4f}, with score 0 to {penalty:.4f}"
+        require(abs(now - penalty - score) < 1e-3, f"{what}: the difference must be the score")
 
 
 @tr.case("rewards are numbers: no gradient flows through them", 1, "a detached result, or numbers in another form")
@@ -777,7 +985,7 @@ def _(f: Any) -> None:
     scores, logprobs, ref, mask = _rollout(13)
     scores, logprobs, ref = (x.requires_grad_() for x in (scores, logprobs, ref))
     got = f(scores, logprobs, ref, mask, 0.5)
-    expect_shape(as_tensor(got, "rewards"), (4, 5), "rewards")
+    expect_shape(as_tensor(got, "rewards"), (5, 5), "rewards")
     require(as_tensor(got, "rewards").abs().sum() > 0, "the rewards are all 0")
     attached = isinstance(got, Tensor) and got.requires_grad
     require(not attached, "your rewards carry a gradient to the log-probabilities or the scores")
@@ -815,6 +1023,13 @@ def _at_the_end(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Te
     total = ((logprobs - ref_logprobs) * mask).sum(1)
     out[torch.arange(len(scores)), _last(mask)] = scores - kl_coef * total
     return out.detach()
+
+
+def _score_before_padding(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
+) -> Tensor:
+    end = mask & ~mask.roll(-1, 1)
+    return (torch.where(mask, -kl_coef * (logprobs - ref_logprobs), 0.0) + end * scores[:, None]).detach()
 
 
 def _score_on(share: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -922,6 +1137,36 @@ tr.plant(
         _at_the_end,
         "common",
     ),
+    (
+        "followed-by-padding",
+        "you looked for a token that is followed by padding: a response that fills the row has none, and loses its score",
+        _score_before_padding,
+        "common",
+    ),
+    (
+        "last-log-ratio",
+        "the last token was found by its log-ratio, which may be 0: the mask says where the response ends",
+        lambda s, lp, ref, m, c: _rewards_with(where=lambda mask: _last(mask & (lp != ref)))(s, lp, ref, m, c),
+        "common",
+    ),
+    (
+        "kl-per-token",
+        "you divided the penalty by the length: the sum over the tokens must be that of the whole response",
+        lambda s, lp, ref, m, c: token_rewards(s, (lp - ref) / m.sum(1, keepdim=True), 0 * ref, m, c),
+        "common",
+    ),
+    (
+        "log-ratio-clamped",
+        "you clamped the log-ratio: a token pays all of it, however large it is",
+        _rewards_with(penalty=lambda x, c: -c * x.clamp(-10, 10)),
+        "common",
+    ),
+    (
+        "score-clamped",
+        "you clamped the score: it is added as it is",
+        lambda s, lp, ref, m, c: token_rewards(s.clamp(-10, 10), lp, ref, m, c),
+        "common",
+    ),
     ("attached", "a gradient flows through the rewards: detach them", _rewards_with(attached=True), "common"),
     ("in-place", "you changed a tensor that you were given: work on a copy", _rewards_with(in_place=True), "common"),
 )
@@ -960,12 +1205,18 @@ def kl_optimum(ref_logprobs, scores, beta):  # type: ignore[no-untyped-def]
     return exponents - log_z[:, None], beta * log_z, beta * (log_z - 1)
 
 
+_FARTHER: list[tuple[Tensor, Tensor]] = [
+    (torch.full((2, 2), 0.5).log(), tensor(scores))
+    for scores in ([[3.0, 2.0], [0.0, -1.0]], [[11.0, 10.0], [10.9, 11.0]], [[11.0, 10.0], [-12.0, -10.0]])
+]
+"""log ref and scores for which, at beta 0.01, exp(r/beta) is too large or too small, with a common shift as well."""
+
 _REF, _R = [0.5, 0.3, 0.2], [1.0, 0.0, 2.0]
 
 
 def _optimum(f: Any, ref_logprobs: Tensor, scores: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     got = unpack(
-        keeps_inputs(f)(ref_logprobs.clone(), scores.clone(), beta),
+        f(ref_logprobs.clone(), scores.clone(), beta),
         3,
         "kl_optimum returns (logprobs, values, multipliers)",
     )
@@ -1005,7 +1256,7 @@ ko = Question(
             for _, ref, s in (_world(2, 4, 31), _world(3, 3, 34))
             for beta in (0.5, 2.0)
         ]
-        + [[*unpack(f(*_far(), 0.01), 3, "probe")]]
+        + [[_finite(x) for x in unpack(f(*world, 0.01), 3, "probe")] for world in (_far(), *_FARTHER)]
     ),
 )
 
@@ -1034,8 +1285,10 @@ def _(f: Any) -> None:
     expect_close(logprobs.exp().sum(-1), torch.ones(3), "sums of exp(logprobs) over the responses")
     for b in range(3):
         row = slice(b, b + 1)
-        expect_close(
-            values[b], _mean_objective(logprobs[row], ref[row], scores[row], 0.6), f"prompt {b}: value against J"
+        j = _mean_objective(logprobs[row], ref[row], scores[row], 0.6)
+        require(
+            torch.isclose(values[b], j, rtol=1e-4, atol=1e-5),
+            f"prompt {b}: your logprobs give J = {j:.6g}, your value is {values[b]:.6g}: they must agree",
         )
         for seed in range(20):
             near = logprobs[row] + 0.3 * normal(1, 4, seed=seed)
@@ -1056,14 +1309,15 @@ def _(f: Any) -> None:
 
 @ko.case("finite at beta = 0.01, where exp(r/beta) overflows", 1, "what does torch offer for log sum exp?")
 def _(f: Any) -> None:
-    ref, scores = _far()
-    logprobs, values, multipliers = _optimum(f, ref, scores, 0.01)
-    best = scores.double().max(-1, keepdim=True).values
-    inside = ref.double().exp() * ((scores - best) / 0.01).exp()
-    log_z = inside.sum(-1, keepdim=True).log()
-    expect_close(values, (best + 0.01 * log_z)[:, 0], "values at beta 0.01")
-    expect_close(multipliers, (best + 0.01 * log_z)[:, 0] - 0.01, "multipliers at beta 0.01")
-    expect_close(logprobs, ref + (scores - best) / 0.01 - log_z, "logprobs at beta 0.01", rtol=1e-3)
+    for ref, scores in (_far(), *_FARTHER):
+        logprobs, values, multipliers = _optimum(f, ref, scores, 0.01)
+        best = scores.double().max(-1, keepdim=True).values
+        inside = ref.double().exp() * ((scores - best) / 0.01).exp()
+        log_z = inside.sum(-1, keepdim=True).log()
+        where = f"at beta 0.01, scores {show(scores)}"
+        expect_close(values, (best + 0.01 * log_z)[:, 0], f"values {where}")
+        expect_close(multipliers, (best + 0.01 * log_z)[:, 0] - 0.01, f"multipliers {where}")
+        expect_close(logprobs, ref + (scores - best) / 0.01 - log_z, f"logprobs {where}", rtol=1e-3, atol=1e-3)
 
 
 def _optimum_with(
@@ -1090,6 +1344,17 @@ def _naive(ref_logprobs: Tensor, scores: Tensor, beta: float) -> Any:
     weights = ref_logprobs.exp() * (scores / beta).exp()
     z = weights.sum(-1)
     return (weights / z[:, None]).log(), beta * z.log(), beta * (z.log() - 1)
+
+
+def _shifted_alike(ref_logprobs: Tensor, scores: Tensor, beta: float) -> Any:
+    most = scores.max()
+    values = most + beta * (ref_logprobs.exp() * ((scores - most) / beta).exp()).sum(-1).log()
+    return ref_logprobs + (scores - values[:, None]) / beta, values, values - beta
+
+
+def _in_float64(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The same with all tensors in float64; the last argument is beta."""
+    return lambda *args: rule(*(x.double() for x in args[:-1]), args[-1])
 
 
 def _joint(ref_logprobs: Tensor, scores: Tensor, beta: float) -> Any:
@@ -1150,6 +1415,18 @@ ko.plant(
     ),
     ("overflow", "exp(r/beta) overflows for a small beta: use logsumexp", _naive, "common"),
     (
+        "log-of-softmax",
+        "a very small probability is rounded to 0, and its log is -inf: log_softmax avoids that",
+        _optimum_with(policy=lambda ref, r, b, best, log_z: (ref + r / b).softmax(-1).log()),
+        "common",
+    ),
+    (
+        "log-of-quotient",
+        "the policy's exp(r/beta) overflows for a small beta: take its logarithm by hand",
+        _optimum_with(policy=lambda ref, r, b, best, log_z: _naive(ref, r, b)[0]),
+        "common",
+    ),
+    (
         "value-best-score",
         "the value is not the best score: the penalty is paid at the optimum too",
         _optimum_with(value=lambda ref, r, b, best, log_z: r.max(-1).values),
@@ -1198,6 +1475,51 @@ ko.plant(
         "common",
     ),
     (
+        "multiplier-minus-1",
+        "lambda/beta + 1 = log Z: the 1 is multiplied by beta too, lambda = beta log Z - beta",
+        _optimum_with(multiplier=lambda ref, r, b, best, log_z: b * log_z - 1),
+        "common",
+    ),
+    (
+        "multiplier-plus-beta",
+        "lambda/beta + 1 = log Z: the 1 goes to the other side with a minus",
+        _optimum_with(multiplier=lambda ref, r, b, best, log_z: b * (log_z + 1)),
+        "common",
+    ),
+    (
+        "multiplier-set-to-0",
+        "you set the multiplier to 0: then ref exp(r/beta - 1) sums to Z/e, and the constraint is not met",
+        _optimum_with(
+            policy=lambda ref, r, b, best, log_z: ref + r / b - 1,
+            multiplier=lambda ref, r, b, best, log_z: 0 * log_z,
+        ),
+        "W-RLHF-6",
+    ),
+    (
+        "overflow-float64",
+        "exp(r/beta) overflows in float64 too, at scores of 11 and beta = 0.01: use logsumexp",
+        _in_float64(_naive),
+        "common",
+    ),
+    (
+        "shifted-by-one-score",
+        "you shifted by the largest score of all prompts: every prompt needs its own, or its sum becomes 0",
+        _shifted_alike,
+        "common",
+    ),
+    (
+        "shifted-by-one-score-float64",
+        "the shift is the largest score of all prompts: where scores are much lower the sum becomes 0 in float64, too",
+        _in_float64(_shifted_alike),
+        "common",
+    ),
+    (
+        "scores-clamped",
+        "you clamped the scores: any number may be a score",
+        lambda ref, r, b: kl_optimum(ref, r.clamp(-10, 10), b),
+        "common",
+    ),
+    (
         "swapped",
         "value and multiplier are exchanged",
         lambda ref, r, b: tuple(kl_optimum(ref, r, b)[i] for i in (0, 2, 1)),
@@ -1218,6 +1540,21 @@ def _optimum_by_numpy(ref_logprobs: Tensor, scores: Tensor, beta: float) -> Any:
     return [q + r / beta - log_z[:, None], beta * log_z, beta * log_z - beta]
 
 
+def _optimum_by_row_shift(ref_logprobs: Tensor, scores: Tensor, beta: float) -> Any:
+    most = scores.max(1, keepdim=True).values
+    z = (ref_logprobs.exp() * ((scores - most) / beta).exp()).sum(1)
+    values = most[:, 0] + beta * z.log()
+    return ref_logprobs + scores / beta - (values / beta)[:, None], values, values - beta
+
+
+def _optimum_by_multiplier(ref_logprobs: Tensor, scores: Tensor, beta: float) -> Any:
+    multipliers = beta * (ref_logprobs + scores / beta - 1).logsumexp(-1)
+    logprobs = ref_logprobs + (scores - multipliers[:, None]) / beta - 1
+    return logprobs, multipliers + beta, multipliers
+
+
+ko.right("shifted by the row's largest score, float32", _optimum_by_row_shift)
+ko.right("the multiplier first, float32", _optimum_by_multiplier)
 ko.right("log_softmax, and r - beta log(pi*/ref) as the value", _optimum_by_shift)
 ko.right("numpy logaddexp", _optimum_by_numpy)
 
@@ -1253,13 +1590,14 @@ om = Question(
     probes=lambda f: [
         f(tensor([[0.5, 0.5], [0.5, 0.5]]), tensor([[1.0, 0.0], [3.0, 0.0]]), 1.0),
         f(_world(3, 4, 51)[1].exp(), _world(3, 4, 51)[2], 0.5),
+        f(tensor([[0.5, 0.5], [0.5, 0.5]]), tensor([[12.0, 0.0], [13.0, 0.0]]), 1.0),
     ],
 )
 
 
 @om.case("scores (1, 0) and (3, 0), a uniform reference, beta = 1", 1, "compute both Z, and their mean")
 def _(f: Any) -> None:
-    got = as_tensor(keeps_inputs(f)(torch.full((2, 2), 0.5), tensor([[1.0, 0.0], [3.0, 0.0]]), 1.0), "totals")
+    got = as_tensor(f(torch.full((2, 2), 0.5), tensor([[1.0, 0.0], [3.0, 0.0]]), 1.0), "totals")
     z = [(math.exp(x) + 1) / 2 for x in (1, 3)]
     expect_close(got, tensor([2 * x / sum(z) for x in z]), "totals", rtol=2e-3)
 
@@ -1277,8 +1615,9 @@ def _(f: Any) -> None:
 
 @om.case("a prompt whose scores rise by beta log 3 gets three times the share", 1, "how does Z change?")
 def _(f: Any) -> None:
-    for beta in (0.5, 2.0):
+    for beta, level in ((0.5, 0.0), (2.0, 0.0), (0.5, 6.0)):
         _, ref, scores = _world(3, 4, 57)
+        scores = scores + level
         raised = scores + tensor([beta * math.log(3), 0.0, 0.0])[:, None]
         plain, moved = (as_tensor(f(ref.exp(), s, beta), "totals") for s in (scores, raised))
         expect_shape(plain, (3,), "totals")
@@ -1361,6 +1700,16 @@ om.plant(
         "common",
     ),
 )
+om.wrong(
+    "two-prompts",
+    "you took P for 2: there may be more prompts",
+    lambda ref, s, b: 2 * _z(ref, s, b) / _z(ref, s, b).sum(),
+)
+om.wrong(
+    "exponent-clamped",
+    "you clamped r/beta: a larger exponent counts in full",
+    lambda ref, s, b: totals(ref, (s / b).clamp(max=10), 1.0),
+)
 om.right("softmax of log Z, times P", lambda ref, s, b: len(s) * (ref.log() + s / b).logsumexp(-1).softmax(0))
 
 
@@ -1400,14 +1749,18 @@ rb = Question(
     "prompt alike: differences between two responses to that prompt survive, so a loss that contains only such differences "
     "does not notice the mistake. With r = (1, 0, 2), beta = .5 and log Z multiplied by beta twice the rewards come "
     "back as (.324, -.676, 1.324).",
-    probes=lambda f: [f(tensor([0.6, 0.4]), tensor([0.5, 0.5]), 0.5, 3.0), f(tensor(_PI), tensor(_SFT), 2.0, 0.4)],
+    probes=lambda f: [
+        f(tensor([0.6, 0.4]), tensor([0.5, 0.5]), 0.5, 3.0),
+        f(tensor(_PI), tensor(_SFT), 2.0, 0.4),
+        f(tensor([0.75, 0.25]), tensor([0.5, 0.5]), 10.0, 3.5),
+    ],
 )
 
 
 def _give_back(f: Any, r: Tensor, ref: Tensor, beta: float, what: str) -> Tensor:
     z = (ref.double() * (r.double() / beta).exp()).sum().item()
     pi = (ref * (r / beta).exp() / z).float()
-    got = as_tensor(keeps_inputs(f)(pi, ref, beta, z), "rewards")
+    got = as_tensor(f(pi, ref, beta, z), "rewards")
     expect_close(got, r, what, rtol=1e-3, atol=1e-3)
     return got
 
@@ -1435,6 +1788,7 @@ def _(f: Any) -> None:
         for shift in (-2.0, 0.0, 1.5):
             r, ref = normal(3, seed=63) + shift, normal(3, seed=64).softmax(0)
             _give_back(f, r, ref, beta, f"rewards for beta {beta:g}, shifted by {shift:g}")
+    _give_back(f, tensor([12.0, -12.0]), tensor([0.5, 0.5]), 5.0, "rewards for r (12, -12), beta 5")
 
 
 rb.plant(
@@ -1501,6 +1855,13 @@ rb.plant(
         "common",
     ),
 )
+rb.wrong("sign", "the sign of the whole: this is minus the reward", lambda *world: -reward_back(*world))
+rb.wrong("log2", "the logarithms are natural, not to base 2", lambda *world: reward_back(*world) / math.log(2))
+rb.wrong(
+    "clamped",
+    "you clamped the result: a reward may be any number",
+    lambda *world: reward_back(*world).clamp(-10, 10),
+)
 rb.right("numpy", lambda pi, ref, b, z: b * np.log(pi.numpy() * z / ref.numpy()))
 rb.right("float64, log of the product", lambda pi, ref, b, z: b * (pi.double() * z / ref).log())
 
@@ -1522,10 +1883,11 @@ _WORLDS = (
     ([0.1, 0.2, 0.3, 0.4], [0.0, 1.0, -1.0, 0.5], 0.8),
     ([0.7, 0.3], [0.2, -0.4], 2.0),
 )
+_STEEP = ([0.5, 0.5], [5.0, 0.0], 0.5)  # for the weights only: here the best response alone is nearly the optimum
 
 
 def _two(f: Any, ref: list[float], scores: list[float], beta: float) -> tuple[Tensor, Tensor]:
-    weights, policy = unpack(keeps_inputs(f)(tensor(ref), tensor(scores), beta), 2, "your answer (weights, policy)")
+    weights, policy = unpack(f(tensor(ref), tensor(scores), beta), 2, "your answer (weights, policy)")
     weights, policy = as_tensor(weights, "weights"), as_tensor(policy, "policy")
     expect_shape(weights, (len(ref),), "weights")
     expect_shape(policy, (len(ref),), "policy")
@@ -1555,7 +1917,7 @@ def _zero_probe(f: Any) -> list[Any]:
         except Fail:
             below = False
         out.append([weights, "stationary, below the optimum" if below else policy])
-    return out
+    return [*out, _two(f, *_STEEP)[0]]
 
 
 zd = Question(
@@ -1586,7 +1948,7 @@ zd = Question(
 
 @zd.case("at the weights, every partial derivative of J is 0", 1, "no constraint here: N free positive numbers")
 def _(f: Any) -> None:
-    for ref, scores, beta in _WORLDS:
+    for ref, scores, beta in (*_WORLDS, _STEEP):
         weights, _ = _two(f, ref, scores, beta)
         require(bool((weights > 0).all()), f"weights: got {show(weights)}, expected positive numbers")
         w = weights.clone().requires_grad_()
@@ -1700,6 +2062,13 @@ zd.plant(
 )
 
 
+zd.wrong(
+    "exponent-clamped",
+    "you clamped the exponent: the weights may be large",
+    _zeros(lambda ref, r, b: ref * (r / b - 1).clamp(max=5).exp()),
+)
+
+
 def _best_response(ref: Tensor, scores: Tensor, beta: float) -> Any:
     q, r = ref.double().numpy(), scores.numpy()
     return q * np.exp(r / beta - 1), np.eye(len(r))[r.argmax()]
@@ -1759,13 +2128,19 @@ fo = Question(
             for beta, seed in ((0.5, 71), (2.0, 74))
             for lp, ref, s in [_policies(seed, beta)[:3], (_policies(seed, beta)[3] * 0.9, *_policies(seed, beta)[1:3])]
         ]
-        + [f(_far()[0] * 0.9, *_far(), 0.01)]
+        + [_finite(f((world[0] + world[1]).log_softmax(-1), *world, 0.01)) for world in (_far(), *_FARTHER)]
+        + [f(*_rare(), 1.0)]
     ),
 )
 
 
+def _rare() -> tuple[Tensor, Tensor, Tensor]:
+    """log pi, log ref, scores: the policy gives often what the reference gives hardly ever."""
+    return tensor([[0.9, 0.1]]).log(), tensor([[0.001, 0.999]]).log(), tensor([[9.0, 0.0]])
+
+
 def _fraction(f: Any, *world: Any) -> Tensor:
-    got = as_tensor(keeps_inputs(f)(*world), "fraction")
+    got = as_tensor(f(*world), "fraction")
     expect_shape(got, (), "fraction")
     return got
 
@@ -1778,6 +2153,13 @@ def _(f: Any) -> None:
         expect_close(_fraction(f, best, ref, scores, beta), 1.0, f"at the optimum, beta {beta:g}", rtol=1e-3)
 
 
+def _expect_unmoved(after: Tensor, before: Tensor, what: str) -> None:
+    require(
+        torch.isclose(after, before, rtol=2e-3, atol=1e-5),
+        f"{what}: your fraction was {before:.4g} before and is {after:.4g} after that",
+    )
+
+
 @fo.case("adding a number to all scores changes nothing", 1, "which of your terms move with the scores?")
 def _(f: Any) -> None:
     lp, ref, scores, best = _policies(80, 0.5)
@@ -1786,7 +2168,7 @@ def _(f: Any) -> None:
     require(bool(torch.isfinite(plain)) and plain.abs() > 1e-3, f"fraction of a policy on the way: got {plain:.4g}")
     for shift in (tensor(5.0), tensor(-3.0), tensor([[1.0], [-2.0], [4.0]])):
         moved = _fraction(f, half, ref, scores + shift, 0.5)
-        expect_close(moved, plain, f"fraction with scores shifted by {show(shift)}", rtol=2e-3)
+        _expect_unmoved(moved, plain, f"{show(shift)} was added to the scores")
 
 
 @fo.case("ten times the scores and ten times beta change nothing", 1, "a fraction has no unit")
@@ -1795,7 +2177,7 @@ def _(f: Any) -> None:
     half = (0.5 * best + 0.5 * lp).log_softmax(-1)
     plain = _fraction(f, half, ref, scores, 0.5)
     require(bool(torch.isfinite(plain)) and plain.abs() > 1e-3, f"fraction of a policy on the way: got {plain:.4g}")
-    expect_close(_fraction(f, half, ref, 10 * scores, 5.0), plain, "fraction with ten times the scores", rtol=2e-3)
+    _expect_unmoved(_fraction(f, half, ref, 10 * scores, 5.0), plain, "scores and beta became ten times as large")
 
 
 @fo.case("equals 1 - KL(pi || pi*) / KL(ref || pi*), also below 0", 2, "average over the prompts, then divide")
@@ -1806,15 +2188,22 @@ def _(f: Any) -> None:
             gap, whole = (-_mean_objective(x, best, torch.zeros(3, 4), 1.0) for x in (policy, ref))
             got = _fraction(f, policy, ref, scores, beta)
             expect_close(got, 1 - gap / whole, f"fraction, beta {beta:g}", rtol=2e-3, atol=1e-3)
+    logits, ref, scores = _world(4, 3, 95)
+    lp = logits.log_softmax(-1)
+    for what, world in (("four prompts", (lp, ref, scores)), ("pi = (.9, .1), ref = (.001, .999)", _rare())):
+        best = (world[1] + world[2]).log_softmax(-1)
+        gap, whole = (-_mean_objective(x, best, torch.zeros_like(best), 1.0) for x in world[:2])
+        expect_close(_fraction(f, *world, 1.0), 1 - gap / whole, f"fraction, {what}", rtol=2e-3, atol=1e-3)
 
 
 @fo.case("finite at beta = 0.01, where exp(r/beta) overflows", 1, "log Z by logsumexp")
 def _(f: Any) -> None:
-    ref, scores = _far()
-    half = (ref + scores).log_softmax(-1)
-    best = (ref + scores / 0.01).double().log_softmax(-1)
-    gap, whole = ((x.double().exp() * (x - best)).sum(-1).mean() for x in (half, ref))
-    expect_close(_fraction(f, half, ref, scores, 0.01), 1 - gap / whole, "fraction at beta 0.01", rtol=2e-3)
+    for ref, scores in (_far(), *_FARTHER):
+        half = (ref + scores).log_softmax(-1)
+        best = (ref + scores / 0.01).double().log_softmax(-1)
+        gap, whole = ((x.double().exp() * (x - best)).sum(-1).mean() for x in (half, ref))
+        what = f"fraction at beta 0.01, scores {show(scores)}"
+        expect_close(_fraction(f, half, ref, scores, 0.01), 1 - gap / whole, what, rtol=2e-3)
 
 
 def _parts(lp: Tensor, ref: Tensor, s: Tensor, b: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -1947,6 +2336,36 @@ fo.plant(
         "common",
     ),
     (
+        "overflow-float64",
+        "exp(r/beta) overflows in float64 too, at scores of 11 and beta = 0.01: use logsumexp",
+        _in_float64(_quotient(best=lambda lp, ref, s, b: b * (ref.exp() * (s / b).exp()).sum(-1).log())),
+        "common",
+    ),
+    (
+        "shifted-by-one-score",
+        "you shifted by the largest score of all prompts: every prompt needs its own, or its sum becomes 0",
+        _quotient(best=lambda lp, ref, s, b: _shifted_alike(ref, s, b)[1]),
+        "common",
+    ),
+    (
+        "shifted-by-one-score-float64",
+        "the shift is the largest score of all prompts: where scores are much lower the sum becomes 0 in float64, too",
+        _in_float64(_quotient(best=lambda lp, ref, s, b: _shifted_alike(ref, s, b)[1])),
+        "common",
+    ),
+    (
+        "log-ratio-clamped",
+        "you clamped the log-ratio in J: the penalty grows with it, however large it is",
+        _quotient(j=lambda lp, ref, s, b: (lp.exp() * (s - b * (lp - ref).clamp(-5, 5))).sum(-1)),
+        "common",
+    ),
+    (
+        "scores-clamped",
+        "you clamped the scores: any number may be a score",
+        lambda lp, ref, s, b: fraction_of_optimum(lp, ref, s.clamp(-10, 10), b),
+        "common",
+    ),
+    (
         "clamped",
         "you cut the number at 0: a policy worse than the reference has a negative fraction",
         lambda lp, ref, s, b: fraction_of_optimum(lp, ref, s, b).clamp(min=0.0),
@@ -1974,6 +2393,24 @@ def _fraction_by_numpy(logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, b
     return gained / (beta * np.logaddexp.reduce(q + r / beta, axis=1).sum() - start)
 
 
+def _fraction_by_row_shift(logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, beta: float) -> Tensor:
+    most = scores.max(1, keepdim=True).values
+    z = (ref_logprobs.exp() * ((scores - most) / beta).exp()).sum(1)
+    best = (most[:, 0] + beta * z.log()).mean()
+    now, start = ((x.exp() * (scores - beta * (x - ref_logprobs))).sum(1).mean() for x in (logprobs, ref_logprobs))
+    return (now - start) / (best - start)
+
+
+def _fraction_by_optimum(logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, beta: float) -> Tensor:
+    optimum = (ref_logprobs + scores / beta).log_softmax(1)
+    now, start, best = (
+        (x.exp() * (scores - beta * (x - ref_logprobs))).sum(1).mean() for x in (logprobs, ref_logprobs, optimum)
+    )
+    return (now - start) / (best - start)
+
+
+fo.right("shifted by the row's largest score, float32", _fraction_by_row_shift)
+fo.right("J of the optimum in place of beta log Z, float32", _fraction_by_optimum)
 fo.right("1 - KL(pi || pi*) / KL(ref || pi*), float64", _fraction_by_kl)
 fo.right("sums over prompts, numpy", _fraction_by_numpy)
 
@@ -2004,8 +2441,17 @@ tz = Question(
     "words and 20 tokens. Z can be written down but not added up: an algorithm has to do with "
     "samples from the policy, or with differences of rewards, in which log Z cancels. Where all responses can be "
     "listed, as in the exact worlds of this book, Z is a short sum.",
-    probes=lambda f: [float(as_tensor(f(v, n), "probe")) for v, n in ((50_000, 20), (3, 4), (7, 2), (50_000, 400))],
+    probes=lambda f: [_term(f, v, n) for v, n in ((50_000, 20), (3, 4), (7, 2), (50_000, 400))],
 )
+
+
+def _term(f: Any, vocab_size: int, length: int) -> Tensor | str:
+    """For probes: the answer, or "too large" if it is no float, or grows beyond them on the way."""
+    try:
+        got = _finite(f(vocab_size, length))
+    except (Fail, OverflowError):
+        return "too large"
+    return "too large" if isinstance(got, str) else got
 
 
 @tz.case("equals a count, for small vocabularies", 1, "list them: 2 words and 3 tokens make 8 responses")
@@ -2068,6 +2514,24 @@ tz.plant(
         "up-to-the-length",
         "shorter responses are counted too; exactly `length` tokens are asked for",
         lambda v, n: n * math.log10(v) + math.log10(sum(float(v) ** -i for i in range(n))),
+        "common",
+    ),
+    (
+        "up-to-the-length-and-none",
+        "shorter responses are counted too, and the empty one; exactly `length` tokens are asked for",
+        lambda v, n: n * math.log10(v) + math.log10(sum(float(v) ** -i for i in range(n + 1))),
+        "common",
+    ),
+    (
+        "log2",
+        "this is the logarithm to base 2; the one to base 10 is asked for",
+        lambda v, n: n * math.log2(v),
+        "common",
+    ),
+    (
+        "count",
+        "this is the number of responses itself: its logarithm to base 10 is asked for",
+        lambda v, n: v**n,
         "common",
     ),
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -19,7 +20,6 @@ from rlhfkit.homework.comparisons import (
     expect_shape,
     gradient,
     gradient_or_none,
-    keeps_inputs,
     lines,
     normal,
     numbers,
@@ -50,15 +50,54 @@ def _is_constant(result: Any, x: Tensor) -> str:
     return "constant" if isinstance(slope, str) or slope.abs().max() == 0 else "not constant"
 
 
+def _at_margins(*margins: float, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Log-probabilities of pairs with these margins at beta 1; only the chosen response's differ from pair to pair."""
+    fixed = [torch.full((len(margins),), x, dtype=dtype) for x in (-2.0, -30.0, -2.0)]
+    return [(tensor(margins, dtype=dtype) - 30).requires_grad_(), *fixed]
+
+
+_LARGE_RATIOS = [tensor([-1.0, -60.0]), tensor([-2.0, -70.0]), tensor([-41.0, -20.0]), tensor([-40.0, -28.0])]
+"""Log-ratios 40 and 38, -40 and -42, of the chosen and of the rejected responses."""
+
+_LONG = [tensor([-3000.0]), tensor([-2999.0]), tensor([-3001.0]), tensor([-2999.5])]
+"""Long responses, whose probabilities are 0 in any precision; their log-ratios are 1 and 0.5."""
+
+
+def _slope_or_0(value: Any, x: Tensor) -> Tensor:
+    """The slope for probes: a result that does not contain x has the slope 0."""
+    slope = gradient_or_none(value, x)
+    return torch.zeros_like(x) if isinstance(slope, str) else slope
+
+
+def _far_in_the_wrong_order(f: Any) -> list[Any]:
+    """How large the loss becomes, and its slope: the same text wherever it is cut, and whatever the number added."""
+    chosen, *others = _at_margins(-5000.0, -9000.0)
+    losses = f(chosen, *others, 1.0)
+    slope, found = _slope_or_0(losses, chosen), as_tensor(losses, "probe")
+    if found.shape != (2,) or not torch.isfinite(found).all() or abs(found[0] - found[1]) > 1e-3:
+        return [found, slope]
+    most = found[1].item()
+    there = as_tensor(f(*_at_margins(-most), 1.0), "probe")
+    return ["cut" if there.max() > most - 0.1 else "capped", slope]
+
+
+def _far_in_the_right_order(f: Any) -> str:
+    """Whether the loss at margins 12 and 25 is too large, or too small."""
+    losses = as_tensor(f(*_at_margins(12.0, 25.0, dtype=torch.float64), 1.0), "probe")
+    ratio = losses / softplus(-tensor([12.0, 25.0], dtype=torch.float64))
+    return "too large" if ratio.max() > 1.5 else "too small" if ratio.min() < 0.5 else "right"
+
+
 def _dpo_probe(f: Any) -> list[Any]:
     chosen, rejected, ref_chosen, ref_rejected = _pairs(1)
     losses = f(chosen, rejected, ref_chosen, ref_rejected, 0.7)
-    far = tensor([-900.0, -12.0, 20.0]).requires_grad_()
-    distant = f(far, *([torch.zeros(3)] * 3), 1.0)
+    start = _at_margins(0.0)
     return [
-        *(losses, gradient_or_none(losses, chosen), gradient_or_none(losses, rejected)),
+        *(losses, _slope_or_0(losses, chosen), _slope_or_0(losses, rejected)),
         *(_is_constant(losses, ref_chosen), _is_constant(losses, ref_rejected)),
-        *(distant, gradient_or_none(distant, far)),
+        _slope_or_0(f(*start, 0.3), start[0]),
+        *(_far_in_the_wrong_order(f), _far_in_the_right_order(f)),
+        *(f(*_LARGE_RATIOS, 0.5), f(*_LONG, 1.0)),
     ]
 
 
@@ -97,21 +136,32 @@ def _(f: Any) -> None:
 def _(f: Any) -> None:
     pi, ref = tensor([[0.3, 0.1], [0.2, 0.4], [0.05, 0.01]]), tensor([[0.1, 0.1], [0.3, 0.2], [0.02, 0.04]])
     odds = (pi[:, 0] / pi[:, 1]) / (ref[:, 0] / ref[:, 1])
-    for beta in (1.0, 0.1, 3.0):
+    for beta in (1.0, 0.1, 3.0, 0.02):
         got = f(*pi.log().T, *ref.log().T, beta)
         expect_close(
             got, torch.log1p(odds**-beta), f"losses where the odds are 3, 1/3 and 10 times those, beta {beta:g}"
         )
+    got = f(*(x.clone() for x in _LARGE_RATIOS), 0.5)
+    want = softplus(-tensor([1.0, 1.0]))
+    expect_close(got, want, "losses at log-ratios of 40 and 38, and of -40 and -42 (chosen and rejected), beta 0.5")
+    want = softplus(-tensor([0.5]))
+    expect_close(f(*(x.clone() for x in _LONG), 1.0), want, "loss of long responses, log-probabilities near -3000")
+    for margin in (-6.0, 12.0, 25.0):  # in double precision, where 1 + exp(-25) is not 1
+        rows = [x.detach() for x in _at_margins(margin, dtype=torch.float64)]
+        want = softplus(-tensor([margin], dtype=torch.float64))
+        expect_close(f(*rows, 1.0), want, f"loss at a margin of {margin:g}", rtol=1e-4 if margin < 0 else 1e-2, atol=0)
 
 
 @dp.case("one number per pair, which depends on that pair only", 1, "the average is the caller's choice")
 def _(f: Any) -> None:
-    batch = [x.detach() for x in _pairs(11)]
-    got = as_tensor(keeps_inputs(f)(*batch, 0.7), "losses")
-    expect_shape(got, (5,), "losses")
-    alone = [as_tensor(f(*(x[i : i + 1] for x in batch), 0.7), "loss")[0] for i in range(5)]
-    expect_close(got, torch.stack(alone), "losses of five pairs together against each alone")
-    require(got.max() > got.min() + 0.05, "all five pairs have the same loss")
+    for count in (5, 7):
+        batch = [x.detach() for x in _pairs(11, count)]
+        got = as_tensor(f(*batch, 0.7), "losses")
+        expect_shape(got, (count,), f"losses of {count} pairs")
+        alone = [as_tensor(f(*(x[i : i + 1] for x in batch), 0.7), "loss") for i in range(count)]
+        expect_shape(alone[0], (1,), "losses of one pair")
+        expect_close(got, torch.cat(alone), f"losses of {count} pairs together against each alone")
+        require(got.max() > got.min() + 0.05, f"all {count} pairs have the same loss")
 
 
 @dp.case(
@@ -125,6 +175,12 @@ def _(f: Any) -> None:
         push = beta / (1 + (beta * h).exp())
         expect_close(gradient(losses, chosen, "slope in chosen_logprobs"), -push, "slope in chosen_logprobs")
         expect_close(gradient(losses, rejected, "slope in rejected_logprobs"), push, "slope in rejected_logprobs")
+    for beta in (0.3, 2.0):
+        chosen, rejected = tensor([-1.0, -20.0]).requires_grad_(), tensor([-4.0, -2.0]).requires_grad_()
+        losses = f(chosen, rejected, chosen.detach().clone(), rejected.detach().clone(), beta)
+        for x, sign, name in ((chosen, -1, "chosen_logprobs"), (rejected, 1, "rejected_logprobs")):
+            slope = gradient(losses, x, f"slope in {name}")
+            expect_close(slope, torch.full((2,), sign * beta / 2), f"slope in {name} at the reference, beta {beta:g}")
 
 
 @dp.case("the reference is a constant", 1, "detach what is not being trained")
@@ -142,11 +198,12 @@ def _(f: Any) -> None:
 
 @dp.case("finite at a margin of -900, with a slope", 1, "log(sigmoid(x)) underflows; what does torch offer?")
 def _(f: Any) -> None:
-    chosen = tensor([-900.0]).requires_grad_()
-    losses = f(chosen, *([torch.zeros(1)] * 3), 1.0)
-    expect_close(losses, tensor([900.0]), "loss at a margin of -900")
-    slope = gradient(losses, chosen, "slope in chosen_logprobs")
-    expect_close(slope, tensor([-1.0]), "slope in chosen_logprobs at a margin of -900")
+    for size in (900.0, 5000.0):
+        chosen, *others = _at_margins(-size)
+        losses = f(chosen, *others, 1.0)
+        expect_close(losses, tensor([size]), f"loss at a margin of {-size:g}")
+        slope = gradient(losses, chosen, "slope in chosen_logprobs")
+        expect_close(slope, tensor([-1.0]), f"slope in chosen_logprobs at a margin of {-size:g}")
 
 
 def _dpo(loss: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[..., Tensor]:
@@ -157,6 +214,15 @@ def _dpo(loss: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[..., Tenso
 def _dpo_of(margin: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """-log sigmoid of another margin, a function of all five arguments; the reference is constant."""
     return lambda c, r, rc, rr, beta: -logsigmoid(margin(c, r, rc.detach(), rr.detach(), beta))
+
+
+def _softplus_by_parts(A: Tensor) -> Tensor:
+    return torch.log1p((-A.abs()).exp()) - torch.minimum(A, torch.zeros_like(A))
+
+
+def _two_classes(chosen: Tensor, rejected: Tensor) -> Tensor:
+    both, first = torch.stack([chosen, rejected], 1), torch.zeros(len(chosen), dtype=torch.long)
+    return torch.nn.functional.cross_entropy(both, first, reduction="none")
 
 
 dp.plant(
@@ -181,7 +247,7 @@ dp.plant(
     (
         "denominator-lost",
         "exp(reward) is no probability: Bradley-Terry divides by the sum over both responses",
-        _dpo(lambda w, l, b: -b * w + 0 * l),
+        _dpo(lambda w, l, b: -b * w),
         "W-DPO-10",
     ),
     (
@@ -222,14 +288,81 @@ dp.plant(
     ),
     (
         "epsilon",
-        "a small number inside the logarithm caps the loss, at 18.4 for 1e-8: use logsigmoid",
+        "a small number inside the logarithm caps the loss (1e-8 at 18.4), and the slope fades: use logsigmoid",
         _dpo(lambda w, l, b: -((b * (w - l)).sigmoid() + 1e-8).log()),
         "W-DPO-12",
     ),
     (
         "clamped",
-        "the margin is cut at 50: beyond that the slope is 0, where it should be steepest",
+        "the margin, or the probability, is cut: beyond that the slope is 0, where it should be steepest",
         _dpo(lambda w, l, b: -logsigmoid((b * (w - l)).clamp(-50.0, 50.0))),
+        "common",
+    ),
+    (
+        "clamped-nearby",
+        "the margin is cut on both sides: the slope of a pair far in the wrong order is lost, the loss of one far in "
+        "the right order stops falling",
+        _dpo(lambda w, l, b: -logsigmoid((b * (w - l)).clamp(-20.0, 20.0))),
+        "common",
+    ),
+    (
+        "clamped-above",
+        "the margin is cut from above: the loss of a pair in the right order becomes small, but goes on falling",
+        _dpo(lambda w, l, b: -logsigmoid((b * (w - l)).clamp(max=10.0))),
+        "common",
+    ),
+    (
+        "zero-above",
+        "the loss is set to 0 beyond some margin: it becomes small there, but goes on falling, and so does its slope",
+        _dpo(lambda w, l, b: torch.where(b * (w - l) < 8, -logsigmoid(b * (w - l)), 0 * (w - l))),
+        "common",
+    ),
+    (
+        "log-ratios-clamped",
+        "the log-ratios are cut before they are subtracted: both can be large while their difference is not",
+        _dpo(lambda w, l, b: -logsigmoid(b * (w.clamp(-20, 20) - l.clamp(-20, 20)))),
+        "common",
+    ),
+    (
+        "log-probabilities-clamped",
+        "the log-probabilities are cut: summed over a long response they are -3000 or less",
+        lambda *given: dpo_loss(*[x.clamp(min=-1000.0) if isinstance(x, Tensor) else x for x in given]),
+        "common",
+    ),
+    (
+        "underflow",
+        "exp of a long response's log-probability is 0: subtract the logarithms instead of dividing probabilities",
+        _dpo_of(lambda c, r, rc, rr, b: b * ((c.exp() / rc.exp()) / (r.exp() / rr.exp())).log()),
+        "common",
+    ),
+    (
+        "no-slope-at-0",
+        "the slope is 0 where the margin is 0, and training starts there: relu and abs have a kink; use logsigmoid",
+        _dpo(lambda w, l, b: (b * (l - w)).relu() + torch.log1p((-(b * (w - l)).abs()).exp())),
+        "common",
+    ),
+    (
+        "whole-slope-at-0",
+        "the slope where the margin is 0 is twice as steep as it should be: clamp, or where, has a kink there; use logsigmoid",
+        _dpo(lambda w, l, b: -(b * (w - l)).clamp(max=0) + torch.log1p((-(b * (w - l)).abs()).exp())),
+        "common",
+    ),
+    (
+        "where-nan",
+        "torch.where computes both branches, and the infinite one that is not taken makes the slope nan: use logsigmoid",
+        _dpo(lambda w, l, b: torch.where(b * (w - l) > -20, torch.log1p((b * (l - w)).exp()), b * (l - w))),
+        "common",
+    ),
+    (
+        "loss-over-beta",
+        "the loss is divided by beta, as softplus(x, beta=beta) does: write softplus(beta * x)",
+        _dpo(lambda w, l, b: softplus(l - w, beta=b)),
+        "common",
+    ),
+    (
+        "beta-on-the-chosen-only",
+        "beta multiplies both log-ratios, that of the rejected response too",
+        _dpo(lambda w, l, b: -logsigmoid(b * w - l)),
         "common",
     ),
     (
@@ -242,6 +375,18 @@ dp.plant(
         "no-log",
         "this is the probability that the rejected response wins: the loss is -log of the win probability",
         _dpo(lambda w, l, b: (b * (l - w)).sigmoid()),
+        "common",
+    ),
+    (
+        "minus-the-probability",
+        "this is minus the win probability: the loss is minus its logarithm",
+        _dpo(lambda w, l, b: -(b * (w - l)).sigmoid()),
+        "common",
+    ),
+    (
+        "base-2",
+        "logarithms are natural: this loss is in bits",
+        _dpo(lambda w, l, b: -logsigmoid(b * (w - l)) / math.log(2)),
         "common",
     ),
     (
@@ -271,14 +416,14 @@ dp.plant(
     ),
     (
         "reference-added",
-        "the reference's log-probabilities are subtracted from the policy's, not added",
+        "the reference enters with the wrong sign: from each log-probability subtract that of the same response under the reference",
         _dpo_of(lambda c, r, rc, rr, b: b * ((c + rc) - (r + rr))),
         "common",
     ),
     (
         "chosen-only",
         "the rejected response plays no part: the margin is a difference of two implicit rewards",
-        _dpo(lambda w, l, b: -logsigmoid(b * w) + 0 * l),
+        _dpo(lambda w, l, b: -logsigmoid(b * w)),
         "common",
     ),
     (
@@ -324,6 +469,12 @@ dp.plant(
         "common",
     ),
     (
+        "sum",
+        "one number per pair: you returned the sum over all pairs",
+        _dpo(lambda w, l, b: -logsigmoid(b * (w - l)).sum()),
+        "common",
+    ),
+    (
         "hinge",
         "this is a hinge loss: its push stops at a margin of 1",
         _dpo(lambda w, l, b: (1 - b * (w - l)).relu()),
@@ -342,6 +493,10 @@ dp.right(
     "both implicit rewards in a log-sum-exp",
     _dpo(lambda w, l, b: torch.logaddexp(b * w, b * l) - b * w),
 )
+dp.right("float32", lambda *given: dpo_loss(*[x.float() if isinstance(x, Tensor) else x for x in given]))
+dp.right("log-sum-exp of 0 and -A", _dpo(lambda w, l, b: torch.stack([0 * w, b * (l - w)]).logsumexp(0)))
+dp.right("minimum, which shares the slope at 0", _dpo(lambda w, l, b: _softplus_by_parts(b * (w - l))))
+dp.right("cross entropy of two classes", _dpo(lambda w, l, b: _two_classes(b * w, b * l)))
 
 
 # -- the weight of a pair --------------------------------------------------------------------------------
@@ -357,6 +512,23 @@ def _dpo_slope(margins: Tensor, beta: float) -> Tensor:
     x = (margins.double() / beta).requires_grad_()
     zero = torch.zeros_like(x)
     return -torch.autograd.grad(dpo_loss(x, zero, zero, zero, beta).sum(), x)[0]
+
+
+_SHAPES = ((), (2, 3), (1, 1), (2, 1, 3))
+
+
+def _weight_probe(f: Any) -> list[Any]:
+    """Weights along one axis, at margins of 1000, and the shapes: one text for all answers that raise there."""
+    try:
+        far = f(tensor([-1000.0, 0.0, 1000.0]), 2.0)
+    except Exception:
+        far = "raises"
+    try:
+        shapes = str([tuple(as_tensor(f(torch.zeros(shape), 1.0), "probe").shape) for shape in _SHAPES[:3]])
+    except Exception:
+        shapes = "raises"
+    small = as_tensor(f(tensor([10.0]), 1000.0), "probe")
+    return [f(tensor([-2.0, 0.5, 3.0]), 0.3), far, shapes, str((small.abs() < 1e-3).tolist())]
 
 
 dw = Question(
@@ -378,7 +550,7 @@ dw = Question(
     "The weight is beta sigmoid(-A): for beta = 1 it is 0.953, 0.5 and 0.047 at A = -3, 0 and 3. It is the probability, "
     "under the implicit rewards, that the rejected response wins. A pair in the wrong order counts fully, one in the right order fades, and "
     "no pair ever pulls back.",
-    probes=lambda f: [f(tensor([-2.0, 0.5, 3.0]), 0.3), f(tensor([-700.0, 0.0, 700.0]), 2.0)],
+    probes=_weight_probe,
 )
 
 
@@ -386,8 +558,15 @@ dw = Question(
 def _(f: Any) -> None:
     for beta in (1.0, 0.1, 3.0):
         margins = torch.linspace(-8, 8, 33)
-        got = keeps_inputs(f)(margins.clone(), beta)
+        got = f(margins.clone(), beta)
         expect_close(got, _dpo_slope(margins, beta), f"weights at A from -8 to 8, beta {beta:g}", rtol=2e-3, atol=2e-4)
+    far = tensor([-12.0, -10.0, 10.0, 12.0])  # a large beta makes small weights visible
+    got = f(far.clone(), 1000.0)
+    expect_close(got, _dpo_slope(far, 1000.0), "weights at A = -12, -10, 10, 12, beta 1000", rtol=2e-3, atol=2e-4)
+    for shape in _SHAPES:
+        margins = normal(math.prod(shape), seed=50).reshape(shape)
+        what = f"weights for A of shape {shape}, beta 0.7"
+        expect_close(f(margins.clone(), 0.7), _dpo_slope(margins, 0.7), what, rtol=2e-3, atol=2e-4)
 
 
 @dw.case("pairs in the wrong order count most", 1, "which pairs has the policy still to learn?")
@@ -395,12 +574,13 @@ def _(f: Any) -> None:
     got = as_tensor(f(tensor([-3.0, 0.0, 3.0]), 1.0), "weights")
     expect_shape(got, (3,), "weights")
     require(got[0] > got[1] + 0.1 > got[2] + 0.2, f"weights at A = -3, 0, 3: got {show(got)}, expected a fall")
-    require(got.min() > 0, f"weights at A = -3, 0, 3: got {show(got)}, expected nothing negative")
+    require(got.min() > 0, f"weights at A = -3, 0, 3: got {show(got)}, expected positive weights only")
 
 
-@dw.case("finite at margins of -700 and 700", 1, "exp(700) is beyond the largest float")
+@dw.case("finite at margins of -700 and 700, and of -1000 and 1000", 1, "exp(1000) is beyond the largest float")
 def _(f: Any) -> None:
-    expect_close(f(tensor([-700.0, 700.0]), 2.0), tensor([2.0, 0.0]), "weights at A = -700 and 700, beta 2")
+    for A in (700.0, 1000.0):
+        expect_close(f(tensor([-A, A]), 2.0), tensor([2.0, 0.0]), f"weights at A = {-A:g} and {A:g}, beta 2")
 
 
 dw.plant(
@@ -436,6 +616,60 @@ dw.plant(
         lambda a, b: b * torch.sigmoid(-b * a),
         "common",
     ),
+    (
+        "beta-inside-only",
+        "beta stands in front of the sigmoid, not inside it: A already contains beta, and one nat in log pi adds beta to A",
+        lambda a, b: torch.sigmoid(-b * a),
+        "common",
+    ),
+    (
+        "margin-over-beta",
+        "the sigmoid takes A as it is: do not divide it by beta",
+        lambda a, b: b * torch.sigmoid(-a / b),
+        "common",
+    ),
+    (
+        "margin-over-beta-and-no-beta",
+        "the sigmoid takes A as it is, not divided by beta; and beta is missing in front",
+        lambda a, b: torch.sigmoid(-a / b),
+        "common",
+    ),
+    (
+        "size-of-the-margin",
+        "the sign of A matters: a pair in the wrong order counts more, not as one in the right order",
+        lambda a, b: b * torch.sigmoid(-a.abs()),
+        "common",
+    ),
+    (
+        "mean",
+        "one weight per pair: you returned their mean",
+        lambda a, b: (b * torch.sigmoid(-a)).mean(),
+        "common",
+    ),
+    (
+        "flat",
+        "the values are right, but the result has one axis, whatever the shape of A is",
+        lambda a, b: b * torch.sigmoid(-a).flatten(),
+        "common",
+    ),
+    (
+        "squeezed",
+        "squeeze drops axes of length 1: the result has the shape of A",
+        lambda a, b: b * torch.sigmoid(-a).squeeze(),
+        "common",
+    ),
+    (
+        "at-least-one-axis",
+        "an A without axes has a weight without axes: you added one",
+        lambda a, b: b * torch.sigmoid(-torch.atleast_1d(a)),
+        "common",
+    ),
+    (
+        "one-axis-only",
+        "your code goes through A one number at a time, and A may have any shape, or no axis at all: torch.sigmoid takes it as it is",
+        lambda a, b: tensor([b / (1 + math.exp(min(x, 700.0))) for x in a.tolist()]),
+        "common",
+    ),
     ("loss", "this is beta times the loss, not its slope", lambda a, b: b * softplus(-a), "common"),
     ("hinge", "this is the weight in a hinge loss, all or nothing", lambda a, b: b * (a < 1).float(), "common"),
     (
@@ -456,11 +690,33 @@ dw.plant(
         lambda a, b: b * (-a).exp() / (1 + (-a).exp()),
         "common",
     ),
+    (
+        "overflow-of-math-exp",
+        "math.exp raises an error beyond 709: torch.sigmoid does not",
+        lambda a, b: tensor([b / (1 + math.exp(x)) for x in a.flatten().tolist()]).reshape(a.shape),
+        "common",
+    ),
+    (
+        "cut-to-0",
+        "the weight of a pair far in the right order is small, but not 0: it fades without an end",
+        lambda a, b: b * torch.where(a > 8, 0.0, torch.sigmoid(-a)),
+        "common",
+    ),
+    (
+        "wrong-order-only",
+        "all or nothing is no sigmoid: pairs in the right order count, too, but less",
+        lambda a, b: b * (a < 0).float(),
+        "common",
+    ),
 )
 dw.right("one minus the win probability", lambda a, b: b * (1 - torch.sigmoid(a)))
 dw.right("1/(1 + exp(A))", lambda a, b: b / (1 + a.exp()))
 dw.right("tanh, numpy", lambda a, b: b * (1 - np.tanh(a.double().numpy() / 2)) / 2)
 dw.right("autograd", _dpo_slope)
+dw.right("four decimals", lambda a, b: (b * torch.sigmoid(-a)).round(decimals=4))
+dw.right("one minus the win probability, float32", lambda a, b: b - b * torch.sigmoid(a.float()))
+dw.right("nested lists", lambda a, b: (b * torch.sigmoid(-a)).tolist())
+dw.right("softmax", lambda a, b: b * torch.stack([torch.zeros_like(a), a]).softmax(0)[0])
 
 
 # -- the gradient ----------------------------------------------------------------------------------------
@@ -480,6 +736,16 @@ _ONE_PAIR = ((51, 4, 0, 2, 1.0), (54, 3, 2, 1, 0.3), (57, 5, 3, 0, 2.0))
 
 def _one_pair(seed: int, size: int, chosen: int, rejected: int, beta: float) -> tuple[Tensor, Tensor, int, int, float]:
     return normal(size, seed=seed), 1.5 * normal(size, seed=seed + 1), chosen, rejected, beta
+
+
+def _at_margin(margin: float, beta: float) -> tuple[Tensor, Tensor, int, int, float]:
+    """Four responses, 1 over 2, with this implicit reward margin."""
+    return tensor([0.4, margin / beta - 0.5, -0.5, 1.0]), tensor([-0.2, 0.3, 0.3, 0.1]), 1, 2, beta
+
+
+def _improbable(logit: float) -> tuple[Tensor, Tensor, int, int, float]:
+    """0 over 1 at A = 0, response 1 being improbable under policy and reference."""
+    return tensor([0.5, logit, 0.0]), tensor([1.0, logit + 0.5, -0.5]), 0, 1, 1.0
 
 
 def _pair_slope(logits: Tensor, ref_logits: Tensor, chosen: int, rejected: int, beta: float) -> Tensor:
@@ -509,7 +775,11 @@ dg = Question(
     "the chosen logit goes up, the rejected one goes down by as much, and all others keep their logits. There is no expectation over what the "
     "policy writes, no entropy and no KL term: those belong to the gradient of the RL objective, E_pi[grad log pi (r - beta log pi/ref)]. "
     "The reference enters through the weight alone.",
-    probes=lambda f: [f(*_one_pair(*pair)) for pair in _ONE_PAIR[:2]],
+    probes=lambda f: [
+        *(f(*_one_pair(*pair)) for pair in _ONE_PAIR[:2]),
+        "too large" if (as_tensor(f(*_at_margin(6.0, 1.5)), "probe")[1] < -0.01) else "small",
+        *(f(*_improbable(logit)) for logit in (-30.0, -120.0)),
+    ],
 )
 
 
@@ -517,10 +787,18 @@ dg = Question(
 def _(f: Any) -> None:
     for pair in _ONE_PAIR:
         logits, ref, chosen, rejected, beta = _one_pair(*pair)
-        got = keeps_inputs(f)(logits.clone(), ref.clone(), chosen, rejected, beta)
+        got = f(logits.clone(), ref.clone(), chosen, rejected, beta)
         want = _pair_slope(logits, ref, chosen, rejected, beta)
         what = f"gradient, {len(ref)} responses, {chosen} over {rejected}, beta {beta:g}"
         expect_close(got, want, what, rtol=2e-3, atol=6e-4)
+    for A, beta in ((3.0, 1.0), (6.0, 1.5), (-6.0, 1.5), (-6.0, 0.2)):
+        given = _at_margin(A, beta)
+        what = f"gradient, 4 responses, 1 over 2, A = {A:g}, beta {beta:g}"
+        expect_close(f(given[0].clone(), given[1].clone(), *given[2:]), _pair_slope(*given), what, rtol=2e-3, atol=6e-4)
+    for logit in (-30.0, -120.0):
+        given = _improbable(logit)
+        what = f"gradient, 0 over 1, whose logits are {logit:g} and {logit + 0.5:g} under policy and reference, A = 0"
+        expect_close(f(given[0].clone(), given[1].clone(), *given[2:]), _pair_slope(*given), what, rtol=2e-3, atol=6e-4)
 
 
 @dg.case("two entries, opposite and equal; 0 for what was not compared", 1, "what becomes of the -pi in 1_y - pi?")
@@ -531,8 +809,12 @@ def _(f: Any) -> None:
         expect_shape(got, tuple(logits.shape), "gradient")
         others = [i for i in range(len(logits)) if i not in (chosen, rejected)]
         require(got[others].abs().max() < 6e-4, f"{chosen} over {rejected}: got {show(got)}, others should be 0")
-        require((got[chosen] + got[rejected]).abs() < 6e-4, f"{chosen} over {rejected}: got {show(got)}")
-        require(got[chosen] < -1e-3, f"{chosen} over {rejected}: got {show(got)}, so descent lowers the chosen logit")
+        sides = f"{chosen} over {rejected}: got {show(got)}"
+        require(
+            (got[chosen] + got[rejected]).abs() < 6e-4, f"{sides}, but entries {chosen} and {rejected} must sum to 0"
+        )
+        require(got[chosen].abs() > 1e-3, f"{sides}: entries {chosen} and {rejected} must not be 0")
+        require(got[chosen] < 0, f"{sides}, so descent lowers the chosen logit")
 
 
 @dg.case("at the reference: beta/2 for every pair", 1, "the weight is beta sigmoid(-A), and A is 0 there")
@@ -635,6 +917,54 @@ dg.plant(
         "no-beta",
         "beta is missing in front: one nat in log pi adds beta to A",
         _dg_of(lambda p, q, w, l, b: -_push(p, q, w, l, b) * (w - l)),
+        "common",
+    ),
+    (
+        "no-beta-inside",
+        "beta is missing inside the sigmoid: A is beta times the difference of the log-ratios",
+        _dg_of(lambda p, q, w, l, b: -b * _push(p, q, w, l, 1.0) * (w - l)),
+        "common",
+    ),
+    (
+        "beta-squared",
+        "beta stands in front once: you have its square",
+        _dg_of(lambda p, q, w, l, b: -(b**2) * _push(p, q, w, l, b) * (w - l)),
+        "common",
+    ),
+    (
+        "fine-tuning",
+        "this is the gradient of -log pi(y_w), supervised fine-tuning: DPO's is a weighted difference of two scores",
+        _dg_of(lambda p, q, w, l, b: p.exp() - w),
+        "common",
+    ),
+    (
+        "chosen-logit-only",
+        "the entry of the rejected response is missing: its logit goes down by as much as the chosen one goes up",
+        _dg_of(lambda p, q, w, l, b: -b * _push(p, q, w, l, b) * w),
+        "common",
+    ),
+    (
+        "reference-added",
+        "in the margin the reference's log-probabilities are subtracted, not added",
+        _dg_of(lambda p, q, w, l, b: -b * _push(p, -q, w, l, b) * (w - l)),
+        "common",
+    ),
+    (
+        "margin-cut",
+        "the margin is cut: the weight of a pair in the right order fades on",
+        _dg_of(lambda p, q, w, l, b: -b * torch.sigmoid(-(b * ((w - l) * (p - q)).sum()).clamp(-3, 3)) * (w - l)),
+        "common",
+    ),
+    (
+        "epsilon",
+        "a small number inside the logarithm moves the margin of improbable responses: use log_softmax",
+        lambda x, y, *rest: dpo_gradient((x.softmax(0) + 1e-8).log(), (y.softmax(0) + 1e-8).log(), *rest),
+        "common",
+    ),
+    (
+        "softmax-then-log",
+        "softmax is 0 where a logit lies far below the others, and its logarithm infinite: use log_softmax",
+        lambda x, y, *rest: dpo_gradient(x.softmax(0).log(), y.softmax(0).log(), *rest),
         "common",
     ),
     (
@@ -819,6 +1149,30 @@ bl.plant(
         "common",
     ),
     (
+        "reference-last",
+        "the reference comes first, then pi_0, pi_1 and pi_2",
+        _table(_right_loss, (2 / 3, 1.75, 1.75, 1.0)),
+        "common",
+    ),
+    (
+        "reference-at-0",
+        "a margin of 0 is not a loss of 0: what is -log sigmoid(0)?",
+        [0.0, *_LOSSES[1:]],
+        "common",
+    ),
+    (
+        "y3-for-y1",
+        "y2 was compared with y1: you took its ratio to y3",
+        _table(_right_loss, (1.0, 0.4, 7 / 11, 21 / 11)),
+        "common",
+    ),
+    (
+        "negative-log-likelihood-of-y1",
+        "this is -log pi(y1): y1 is the rejected response, and DPO compares y2 with it",
+        [math.log(3), -math.log(0.3), math.log(11 / 2), math.log(11 / 3)],
+        "common",
+    ),
+    (
         "negative-log-likelihood",
         "this is -log pi(y2), supervised fine-tuning: DPO compares y2 with y1",
         [math.log(3), -math.log(0.2), math.log(22 / 7), math.log(44 / 21)],
@@ -843,6 +1197,11 @@ def _two_policies(answer: Any) -> list[Tensor]:
     return parts
 
 
+def _shown(p: Tensor) -> str:
+    """Probabilities with four digits, the tiniest too."""
+    return "[" + ", ".join(f"{x:.4g}" for x in p.tolist()) + "]"
+
+
 def _is_policy(p: Tensor) -> bool:
     return bool((p >= 0).all() and (p[:2] > 0).all() and abs(p.sum().item() - 1) < 3e-4)
 
@@ -852,20 +1211,30 @@ def _blind_loss(p: Tensor) -> float:
     return torch.log1p(p[0] / p[1]).item()
 
 
+def _tie_tolerance(parts: list[Tensor]) -> float:
+    """How far two losses that tie may lie apart: 1e-3, and what four decimals, half a unit of the last, can do."""
+    rounded = [p for p in parts if (p[:2] * 1e4 - (p[:2] * 1e4).round()).abs().max() < 1e-3]
+    return 1e-3 + min(0.02, sum(5e-5 / p[1].item() for p in rounded))
+
+
 def _from_uniform(p: Tensor) -> float:
     return (math.log(len(p)) + torch.xlogy(p, p).sum()).item()
 
 
 def _tie_kind(parts: list[Tensor]) -> str:
     if not all(_is_policy(p) for p in parts):
-        if any((p < 0).any() or (p[:2] == 0).any() for p in parts):
-            return "a probability of 0, or below"
+        if all((p <= 0).all() for p in parts):
+            return "logarithms"
+        if any((p < 0).any() for p in parts):
+            return "a negative entry"
+        if any((p[:2] == 0).any() for p in parts):
+            return "a probability of 0"
         return "nearly normalised" if all(abs(p.sum() - 1) < 2e-3 for p in parts) else "not normalised"
     first, second = parts
     losses = [_blind_loss(p) for p in parts]
     if (first - second).abs().max() < 1e-3:
         return "equal" if losses[0] < math.log(2) else "equal, and no better than the reference"
-    if abs(losses[0] - losses[1]) > 1e-3:
+    if abs(losses[0] - losses[1]) > _tie_tolerance(parts):
         if abs(first[1] - second[1]) < 1e-3:
             return "equal in y2"
         if abs((first[1] - first[0]) - (second[1] - second[0])) < 1e-3:
@@ -903,14 +1272,17 @@ bp = Question(
 @bp.case("two distributions over the three responses", 1, "three numbers, none negative, with sum 1")
 def _(parts: Any) -> None:
     for i, p in enumerate(parts, 1):
-        require(_is_policy(p), f"pi_{i} = {show(p)}: the sum is {p.sum():.6f}; expected 1, and both y1 and y2 above 0")
+        require(p.min() >= 0, f"pi_{i} = {_shown(p)} has a negative entry: no probability is below 0")
+        require(p[:2].min() > 0, f"pi_{i} = {_shown(p)}: expected both y1 and y2 above 0")
+        require(_is_policy(p), f"pi_{i} = {_shown(p)}: the sum is {p.sum():.6f}, expected 1")
 
 
 @bp.case("the same loss over all 1000 pairs, below that of the reference", 2, "the margin is the log of pi(y2)/pi(y1)")
 def _(parts: Any) -> None:
     require(all((p[:2] > 0).all() for p in parts), "y1 and y2 must have positive probabilities")
     losses = [_blind_loss(p) for p in parts]
-    require(abs(losses[0] - losses[1]) < 1e-3, f"the losses are {losses[0]:.4f} and {losses[1]:.4f}")
+    apart = abs(losses[0] - losses[1])
+    require(apart < _tie_tolerance(parts), f"the losses are {losses[0]:.4f} and {losses[1]:.4f}")
     require(losses[0] < math.log(2) - 1e-3, f"the loss is {losses[0]:.4f}, that of the reference {math.log(2):.4f}")
 
 
@@ -924,7 +1296,7 @@ def _(parts: Any) -> None:
 bp.plant(
     (
         "not-normalised",
-        "pi_1 sums to 1.0007, so the two do not tie: ratio 1.75 with 2/11 for y1 needs 7/22 for y2, not 22/69",
+        "a policy's sum is near 1, but not 1: one of its numbers is miscopied, or rounded too far, and its ratio is wrong",
         ([2 / 11, 22 / 69, 0.5], [3 / 11, 21 / 44, 0.25]),
         "W-DPO-3",
     ),
@@ -966,7 +1338,8 @@ bp.plant(
     ),
     (
         "close-in-the-kl",
-        "the losses tie, but the KL divergences differ by less than 0.5: move more to y3",
+        "the losses tie, but the KL divergences differ by less than 0.5: keep the ratio, bring one policy nearer to the "
+        "reference, and let the other write y3 nearly always",
         ([2 / 11, 7 / 22, 0.5], [3 / 11, 21 / 44, 0.25]),
         "common",
     ),
@@ -984,8 +1357,20 @@ bp.plant(
     ),
     (
         "y1-at-0",
-        "a probability of 0 for y1 makes both losses 0, as limits: both y1 and y2 must be possible",
+        "with a probability of 0 the ratio is 0 or infinite, a limit only: both y1 and y2 must be possible",
         ([0.0, 1.0, 0.0], [0.0, 0.1, 0.9]),
+        "common",
+    ),
+    (
+        "negative",
+        "an entry is negative: to sum to 1 is not enough for a probability",
+        ([0.3, 0.9, -0.2], [0.001, 0.003, 0.996]),
+        "common",
+    ),
+    (
+        "log-probabilities",
+        "these are log-probabilities: the probabilities themselves are asked for",
+        ([-2.303, -1.204, -0.511], [-6.908, -5.809, -0.004]),
         "common",
     ),
     (
@@ -1000,6 +1385,9 @@ bp.right(
     "fractions",
     ([Fraction(1, 5), Fraction(3, 5), Fraction(1, 5)], [Fraction(1, 1000), Fraction(3, 1000), Fraction(249, 250)]),
 )
+bp.right("four decimals", ([0.0033, 0.0067, 0.99], [0.3333, 0.6667, 0.0]))
+bp.right("four decimals, a larger ratio", ([0.0013, 0.0038, 0.9949], [0.26, 0.74, 0.0]))
+bp.right("four decimals, float32", (tensor([0.0017, 0.0033, 0.995]), tensor([0.3333, 0.6667, 0.0])))
 bp.right("rounded", np.array([[0.182, 0.318, 0.5], [0.004, 0.007, 0.989]]))
 
 
@@ -1013,7 +1401,7 @@ def dpo_kl(K):  # type: ignore[no-untyped-def]
     return ref, [1e-9, 0.5, 0.5 - 1e-9]
 
 
-_FAR = (1.0, 5.0, 20.0)
+_FAR = (1.0, 1.9, 2.7, 5.0, 8.0, 13.5, 20.0)
 
 
 def _ref_and_policy(f: Any, K: float) -> tuple[Tensor, Tensor]:
@@ -1021,12 +1409,16 @@ def _ref_and_policy(f: Any, K: float) -> tuple[Tensor, Tensor]:
     ref, pi = (as_tensor(x, name) for x, name in zip(parts, ("ref", "pi"), strict=True))
     for x, name in ((ref, "ref"), (pi, "pi")):
         expect_shape(x, (3,), name)
-        require(torch.isfinite(x).all(), f"{name} = {show(x)}: expected finite numbers")
+        require(torch.isfinite(x).all(), f"{name} = {_shown(x)}: expected finite numbers")
     return ref, pi
 
 
 def _is_law(p: Tensor) -> bool:
     return bool((p >= 0).all() and abs(p.sum().item() - 1) < 1e-6)
+
+
+def _not_positive(p: Tensor) -> str:
+    return "negative numbers, and no probability is below 0" if (p < 0).any() else "a probability of 0"
 
 
 def _loss_and_kl(ref: Tensor, pi: Tensor) -> tuple[float, float]:
@@ -1035,14 +1427,43 @@ def _loss_and_kl(ref: Tensor, pi: Tensor) -> tuple[float, float]:
     return softplus(-margin).item(), (torch.xlogy(pi, pi) - torch.xlogy(pi, ref)).sum().item()
 
 
-def _far_kind(f: Any, K: float) -> list[Any]:
-    ref, pi = _ref_and_policy(f, K)
-    signs = f"{(ref > 0).all()} {(pi > 0).all()} {_is_law(ref)} {_is_law(pi)}"
-    if not ((ref > 0).all() and (pi > 0).all()):
-        return [signs, 0.0]
+def _far_kind(ref: Tensor, pi: Tensor, K: float) -> str:
+    """What is wrong with a reference and a policy, in words that do not depend on their numbers."""
+    if (ref <= 0).all() and (pi <= 0).all():
+        return "logarithms"
+    if not ((ref > 0).all() and (pi > 0).all() and _is_law(ref) and _is_law(pi)):
+        return f"{(ref < 0).any()} {(pi < 0).any()} {(ref > 0).all()} {(pi > 0).all()} {_is_law(ref)} {_is_law(pi)}"
+    small, far = _is_small_and_far(ref, pi, K)
+    if small and far:
+        return "right" if ref.min() >= _floor(K) else "below the floor"
+    if all(_is_small_and_far(pi, ref, K)):
+        return "exchanged"
+    if all(_is_small_and_far(ref, pi[[1, 0, 2]], K)):
+        return "swapped"
+    if not small:
+        return "loss" if far else "loss and KL"
+    if _loss_and_kl(pi, ref)[1] > K:
+        return "other direction"
+    return f"all on y{pi.argmax() + 1}" if pi.max() > 0.99 else "near"
+
+
+def _is_small_and_far(ref: Tensor, pi: Tensor, K: float) -> tuple[bool, bool]:
     loss, kl = _loss_and_kl(ref, pi)
-    good = loss < 1e-6, kl > K
-    return [f"{signs} {good}", "right" if all(good) else [min(loss, 30.0), kl]]
+    return loss < 1e-6, kl > K
+
+
+def _floor(K: float) -> float:
+    return math.exp(-3 * K - 10)
+
+
+def _far_probe(f: Any) -> list[str]:
+    """The kinds over all K, whether they are wrong between whole numbers only, and how long the reference changes."""
+    found = [_ref_and_policy(f, K) for K in _FAR]
+    kinds = [_far_kind(*laws, K) for laws, K in zip(found, _FAR, strict=True)]
+    whole = all(kind == "right" for kind, K in zip(kinds, _FAR, strict=True) if K == int(K))
+    refs = [ref for ref, _ in found]
+    fixed = all(torch.equal(ref, refs[0]) for ref in refs)
+    return [*sorted(set(kinds)), f"whole {whole}", f"fixed {fixed} {torch.equal(*refs[-2:])}"]
 
 
 dk = Question(
@@ -1064,10 +1485,7 @@ dk = Question(
     "seen. If it puts half of its mass there, the KL is about log(1/e)/2 - 0.35, which exceeds K for e = exp(-2 K - 3). With one "
     "fixed reference this must end: KL(pi || ref) is at most log(1/min ref), 1.10 for a uniform one over three responses. An infinite KL "
     "needs a response that the reference never writes, and a loss of 0 needs pi(y1) = 0: both are limits, not policies of a softmax.",
-    probes=lambda f: [
-        *(_far_kind(f, K) for K in _FAR),
-        str(torch.equal(*(_ref_and_policy(f, K)[0] for K in (1.0, 5.0)))),
-    ],
+    probes=_far_probe,
 )
 
 
@@ -1076,11 +1494,11 @@ def _(f: Any) -> None:
     for K in _FAR:
         ref, pi = _ref_and_policy(f, K)
         for x, name in ((ref, "ref"), (pi, "pi")):
-            require((x > 0).all(), f"K = {K:g}: {name} = {show(x)}: expected positive numbers")
-            require(_is_law(x), f"K = {K:g}: {name} = {show(x)} sums to {x.sum():.7f}, expected 1")
-        least = math.exp(-3 * K - 10)
+            require((x > 0).all(), f"K = {K:g}: {name} = {_shown(x)}: expected positive numbers")
+            require(_is_law(x), f"K = {K:g}: {name} = {_shown(x)} sums to {x.sum():.7f}, expected 1")
+        least = _floor(K)
         require(
-            ref.min() >= least, f"K = {K:g}: ref = {show(ref)}: expected nothing below exp(-3 K - 10) = {least:.3g}"
+            ref.min() >= least, f"K = {K:g}: ref = {_shown(ref)}: expected nothing below exp(-3 K - 10) = {least:.3g}"
         )
 
 
@@ -1088,7 +1506,8 @@ def _(f: Any) -> None:
 def _(f: Any) -> None:
     for K in _FAR:
         ref, pi = _ref_and_policy(f, K)
-        require((ref > 0).all() and (pi > 0).all(), f"K = {K:g}: a probability of 0")
+        for x, name in ((ref, "ref"), (pi, "pi")):
+            require((x > 0).all(), f"K = {K:g}: {name} = {_shown(x)} has {_not_positive(x)}")
         loss = _loss_and_kl(ref, pi)[0]
         require(loss < 1e-6, f"K = {K:g}: the loss is {loss:.3g}")
 
@@ -1097,7 +1516,9 @@ def _(f: Any) -> None:
 def _(f: Any) -> None:
     for K in _FAR:
         ref, pi = _ref_and_policy(f, K)
-        require((ref > 0).all() and (pi >= 0).all(), f"K = {K:g}: ref = {show(ref)} has a 0, so the KL is not finite")
+        for x, name in ((ref, "ref"), (pi, "pi")):
+            require((x >= 0).all(), f"K = {K:g}: {name} = {_shown(x)} has {_not_positive(x)}")
+        require((ref > 0).all(), f"K = {K:g}: ref = {_shown(ref)} has a 0, so the KL is not finite")
         require(_is_law(ref) and _is_law(pi), f"K = {K:g}: ref or pi is no distribution")
         kl, most = _loss_and_kl(ref, pi)[1], -ref.min().log().item()
         require(kl > K, f"K = {K:g}: the KL is {kl:.3f}; with your reference it can be {most:.3f} at most")
@@ -1188,6 +1609,42 @@ dk.plant(
         lambda K: (_HALF, _rare(K)),
         "common",
     ),
+    (
+        "bound-just-missed",
+        "nearly all mass on y3 gives log(1/ref(y3)) at most, which for exp(-K) is K: above K needs a rarer y3",
+        lambda K: (_law(0.4, 0, math.exp(-K)), _law(1e-14, 0, 1 - 1e-7)),
+        "common",
+    ),
+    (
+        "below-the-floor",
+        "far enough, but the reference goes below exp(-3 K - 10): less rare will do",
+        lambda K: (_law(0.5, 0, math.exp(-4 * K - 12)), _HALF),
+        "common",
+    ),
+    (
+        "floored-reference",
+        "from some K on your reference stops changing, and with one reference the KL is bounded",
+        lambda K: (_law(0.5, 0, max(math.exp(-2 * K - 3), 1e-12)), _HALF),
+        "common",
+    ),
+    (
+        "one-small-reference",
+        "far enough for all K, but one reference for all is below exp(-3 K - 10) where K is small: let it depend on K",
+        lambda K: dpo_kl(20.0),
+        "common",
+    ),
+    (
+        "whole-numbers-only",
+        "K need not be a whole number, and yours is rounded down",
+        lambda K: (_law(0.4, 0, math.exp(-int(K) - 0.3)), _law(1e-14, 0, 1 - 1e-7)),
+        "common",
+    ),
+    (
+        "log-probabilities",
+        "these are log-probabilities: return the probabilities themselves",
+        lambda K: tuple([math.log(x) for x in law] for law in dpo_kl(K)),
+        "common",
+    ),
 )
 dk.right(
     "rare chosen response instead",
@@ -1227,7 +1684,14 @@ def _three_gaps(f: Any, beta: float, eps: float) -> list[Tensor]:
     return found
 
 
-_GAPS = ((0.1, 0.1), (1.0, 0.25), (0.5, 0.02), (3.0, 0.4))
+_GAPS = ((0.1, 0.1), (1.0, 0.25), (0.5, 0.02), (3.0, 0.4), (0.7, 0.001), (0.01, 0.1))
+
+
+def _gap_probe(f: Any, beta: float, eps: float) -> list[Any]:
+    """The three gaps; one text for all large numbers that stand for infinity."""
+    dpo, *others = _three_gaps(f, beta, eps)
+    return ["large" if torch.isfinite(dpo) and beta * dpo > 30 else dpo, *others]
+
 
 ig = Question(
     id="ipo_gap",
@@ -1247,7 +1711,7 @@ ig = Question(
     "the reference is gone. Conservative DPO has the slope beta (sigmoid(beta h) - (1 - eps)), 0 where the implied win probability is "
     "1 - eps, that is at h = log((1 - eps)/eps)/beta. IPO's square is 0 at h = 1/(2 beta). For beta = 0.1 and eps = 0.1 these are "
     "infinity, 21.97 and 5.00 nats. Both finite gaps grow as beta falls, as at the optimum of the RL objective.",
-    probes=lambda f: [_three_gaps(f, beta, eps) for beta, eps in _GAPS[:3]],
+    probes=lambda f: [_gap_probe(f, beta, eps) for beta, eps in (*_GAPS[:3], _GAPS[4])],
 )
 
 
@@ -1256,11 +1720,11 @@ def _(f: Any) -> None:
     for beta, eps in _GAPS:
         got = _three_gaps(f, beta, eps)[0]
         require(not got.isnan(), "DPO: got nan")
+        what = f"DPO, beta {beta:g}: got h = {got:.4g}"
+        require(got > -math.inf, f"{what}: the sign, the loss falls as h grows")
         here, beyond = (softplus(-beta * x).item() for x in (got, got + 1))
-        require(
-            got.isinf() and got > 0,
-            f"DPO, beta {beta:g}: the loss is {here:.4g} at h = {got:.4g}, and {beyond:.4g} at {got + 1:.4g}",
-        )
+        require(got.isinf() or beta * got < 30, f"{what}: a large number is not infinite, math.inf is")
+        require(got.isinf(), f"{what}, where the loss is {here:.4g}; at {got + 1:.4g} it is {beyond:.4g}")
 
 
 @ig.case("conservative DPO", 2, "which win probability do labels with a share eps of errors ask for?")
@@ -1311,6 +1775,42 @@ ig.plant(
         "dpo-as-conservative",
         "eps does not occur in DPO, whose slope is never 0",
         _gaps_with(dpo=lambda b, e: math.log((1 - e) / e) / b),
+        "common",
+    ),
+    (
+        "dpo-large-number",
+        "DPO's loss goes on falling beyond any number, however large: return math.inf",
+        _gaps_with(dpo=lambda b, e: 1e9),
+        "common",
+    ),
+    (
+        "dpo-minus-infinity",
+        "the sign of DPO's gap: its loss falls as h grows, and rises towards minus infinity",
+        _gaps_with(dpo=lambda b, e: -math.inf),
+        "common",
+    ),
+    (
+        "both-as-margins",
+        "both finite gaps are those of A = beta h: divide by beta",
+        _gaps_with(conservative=lambda b, e: math.log((1 - e) / e), ipo=lambda b, e: 0.5),
+        "common",
+    ),
+    (
+        "conservative-base-2",
+        "the log-odds are natural logarithms: yours have base 2",
+        _gaps_with(conservative=lambda b, e: math.log2((1 - e) / e) / b),
+        "common",
+    ),
+    (
+        "conservative-infinite",
+        "conservative DPO has a least loss: the share eps of wrong labels pulls back",
+        _gaps_with(conservative=lambda b, e: math.inf),
+        "common",
+    ),
+    (
+        "eps-floored",
+        "eps is used as it is: small shares of errors are possible, and yours has a floor",
+        _gaps_with(conservative=lambda b, e: math.log(1 / max(e, 0.01) - 1) / b),
         "common",
     ),
     (
@@ -1395,7 +1895,8 @@ def dpo_kl_after(beta, lr, steps, gap):  # type: ignore[no-untyped-def]
         return 1 / (1 + math.exp(-x))
 
     def kl(h):  # type: ignore[no-untyped-def]
-        return math.log(2) + h * sigmoid(h) - math.log1p(math.exp(h))
+        e = math.exp(-abs(h))  # the KL is the same for h and -h, and exp(-|h|) does not overflow
+        return math.log(2) - abs(h) * e / (1 + e) - math.log1p(e)
 
     h = 0.0
     for _ in range(steps):
@@ -1408,6 +1909,7 @@ def _kl_from_coin(h: float) -> float:
     return torch.distributions.kl_divergence(*laws).item()
 
 
+@functools.lru_cache(maxsize=1000)
 def _odds_after(beta: float, lr: float, steps: int, gap: float) -> float:
     """log pi(y1)/pi(y2) after gradient descent in the two logits from 0, by autograd."""
     logits, zero = torch.zeros(2, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
@@ -1429,6 +1931,20 @@ def _two_kls(f: Any, beta: float, lr: float, steps: int, gap: float) -> list[Ten
     return parts
 
 
+_SLOW, _EXTREME = (0.1, 0.001, 1, 0.7), (0.005, 0.1, 3, 5.0)
+"""Descent does not reach the optimum in 100000 steps; the optimum is at h = 1000."""
+
+
+def _steps_probe(f: Any) -> list[Any]:
+    """All runs; at the slow one whether the optimum falls short, at the extreme one whether it is right."""
+    short = _two_kls(f, *_SLOW)[1] < 0.995 * _kl_from_coin(_SLOW[3] / _SLOW[0])
+    try:
+        extreme = abs(_two_kls(f, *_EXTREME)[1].item() - math.log(2)) < 1e-3
+    except Exception:
+        extreme = False
+    return [*(_two_kls(f, *run) for run in _RUNS), f"short {bool(short)}, extreme {extreme}"]
+
+
 def _run(beta: float, lr: float, steps: int, gap: float) -> str:
     return f"beta {beta:g}, lr {lr:g}, {steps} steps, gap {gap:g}"
 
@@ -1448,15 +1964,20 @@ gs = Question(
         "The slope of the mean loss in h is beta (sigmoid(beta h) - sigmoid(gap)), and both logits move, in opposite directions. It is "
         "0 where beta h = gap.",
         "h += 2 lr beta (sigmoid(gap) - sigmoid(beta h)), from 0, steps times; at the optimum h = gap/beta; "
-        "KL = log(2) + h sigmoid(h) - log(1 + exp(h)).",
+        "the KL is the same for h and -h, so take -|h|, where exp does not overflow: KL = log(2) + h sigmoid(h) - log(1 + exp(h)).",
     ),
     explanation="The mean loss has the slope beta (sigmoid(beta h) - sigmoid(gap)) in h. Its zero is h = gap/beta: at the optimum a larger beta "
     "is nearer to the reference. The first step from h = 0 moves h by 2 lr beta (sigmoid(gap) - 1/2), in proportion to beta: after a few steps a larger "
     "beta is farther away. With lr 0.1, gap 1 and 5 steps the KLs for beta = 0.1, 0.5 and 2 are 0.00007, 0.00158 and 0.01209, at the optimum 0.6926, "
     "0.3278 and 0.0303. Adam divides by the size of the gradient, and the factor beta with it: its first steps move h by about 2 lr "
     "each, whatever beta is.",
-    probes=lambda f: [_two_kls(f, *run) for run in _RUNS],
+    probes=_steps_probe,
 )
+
+
+def _expect_four_digits(got: Tensor, want: float, what: str) -> None:
+    """Rounding to four significant digits passes, and so does rounding to four decimals."""
+    expect_close(got, want, what, rtol=6e-4, atol=6e-5)
 
 
 @gs.case("the optimum, and its order: a larger beta is nearer", 1, "where is the slope of the mean loss 0?")
@@ -1464,9 +1985,19 @@ def _(f: Any) -> None:
     found = []
     for beta in (0.2, 0.5, 1.0, 2.0):
         got = _two_kls(f, beta, 0.1, 3, 1.5)[1]
-        expect_close(got, _kl_from_coin(1.5 / beta), f"KL of the optimum, beta {beta:g}, gap 1.5", rtol=2e-3, atol=6e-4)
+        _expect_four_digits(got, _kl_from_coin(1.5 / beta), f"KL of the optimum, beta {beta:g}, gap 1.5")
         found.append(got.item())
     require(found == sorted(found, reverse=True), f"KLs of the optimum for beta = 0.2, 0.5, 1, 2: got {found}")
+    for beta, lr, steps, gap in (
+        (1.5, 0.1, 3, -1.2),
+        (0.3, 0.1, 3, 0.7),
+        (0.1, 0.1, 3, 3.0),
+        (4.0, 0.1, 3, -2.0),
+        _SLOW,
+        _EXTREME,
+    ):
+        got = _two_kls(f, beta, lr, steps, gap)[1]
+        _expect_four_digits(got, _kl_from_coin(gap / beta), f"KL of the optimum, {_run(beta, lr, steps, gap)}")
 
 
 @gs.case("a few steps, and their order: a larger beta is farther away", 2, "what is the slope of the loss at h = 0?")
@@ -1475,9 +2006,7 @@ def _(f: Any) -> None:
     for beta in (0.2, 0.5, 1.0, 2.0):
         run = beta, 0.4, 3, 1.5
         got = _two_kls(f, *run)[0]
-        expect_close(
-            got, _kl_from_coin(_odds_after(*run)), f"KL after gradient descent, {_run(*run)}", rtol=2e-3, atol=1e-4
-        )
+        _expect_four_digits(got, _kl_from_coin(_odds_after(*run)), f"KL after gradient descent, {_run(*run)}")
         found.append(got.item())
     require(found == sorted(found), f"KLs after 3 steps for beta = 0.2, 0.5, 1, 2: got {found}")
 
@@ -1486,7 +2015,7 @@ def _(f: Any) -> None:
 def _(f: Any) -> None:
     for run in (*_RUNS, (0.3, 1.0, 200, 0.7), (2.0, 0.5, 100, -1.0)):
         want = _kl_from_coin(_odds_after(*run))
-        expect_close(_two_kls(f, *run)[0], want, f"KL after gradient descent, {_run(*run)}", rtol=2e-3, atol=6e-4)
+        _expect_four_digits(_two_kls(f, *run)[0], want, f"KL after gradient descent, {_run(*run)}")
 
 
 def _descent(
@@ -1504,6 +2033,40 @@ def _descent(
         return kl(h), kl(optimum(beta, gap))
 
     return f
+
+
+def _kl_of_another_number_of_steps(steps: Callable[[int], int]) -> Callable[..., Any]:
+    return lambda b, lr, n, g: (_kl_from_coin(_odds_after(b, lr, steps(n), g)), _kl_from_coin(g / b))
+
+
+def _by_optimiser(step: Callable[[list[float]], float]) -> Callable[..., Any]:
+    """Both numbers; a step moves the first logit by -lr times a function of all slopes so far."""
+
+    def f(beta: float, lr: float, steps: int, gap: float) -> Any:
+        h, slopes = 0.0, []
+        for _ in range(steps):
+            slopes.append(beta * (_sigmoid(beta * h) - _sigmoid(gap)))
+            h -= 2 * lr * step(slopes)
+        return _kl_from_coin(h), _kl_from_coin(gap / beta)
+
+    return f
+
+
+def _adam(slopes: list[float]) -> float:
+    """The direction of torch.optim.Adam, with its defaults."""
+    mean = square = 0.0
+    for slope in slopes:
+        mean, square = 0.9 * mean + 0.1 * slope, 0.999 * square + 0.001 * slope**2
+    n = len(slopes)
+    return mean / (1 - 0.9**n) / (math.sqrt(square / (1 - 0.999**n)) + 1e-8)
+
+
+def _by_descent_only(b: float, lr: float, n: int, g: float) -> Any:
+    return tuple(_descent()(b, lr, steps, g)[0] for steps in (n, 2000))
+
+
+def _kl_by_exp(h: float) -> float:
+    return math.log(2) + h * _sigmoid(h) - math.log1p(math.exp(h))
 
 
 def _reverse_kl(h: float) -> float:
@@ -1538,7 +2101,49 @@ gs.plant(
     ),
     (
         "adam",
-        "steps of a fixed size are what Adam takes at first: gradient descent moves in proportion to the slope",
+        "Adam divides the slope by its own size: gradient descent moves in proportion to the slope",
+        _by_optimiser(_adam),
+        "common",
+    ),
+    (
+        "no-zero-grad",
+        "the gradients of earlier steps are added to those of later ones: call zero_grad in every step",
+        _by_optimiser(sum),
+        "common",
+    ),
+    (
+        "steps-minus-one",
+        "one step too few was taken",
+        _kl_of_another_number_of_steps(lambda n: n - 1),
+        "common",
+    ),
+    (
+        "steps-plus-one",
+        "one step too many was taken",
+        _kl_of_another_number_of_steps(lambda n: n + 1),
+        "common",
+    ),
+    (
+        "one-step",
+        "only one step was taken, whatever steps says",
+        _kl_of_another_number_of_steps(lambda n: 1),
+        "common",
+    ),
+    (
+        "optimum-by-descent",
+        "a long descent does not reach the optimum if lr or beta is small: set the slope to 0 and solve for h",
+        _by_descent_only,
+        "common",
+    ),
+    (
+        "first-term-only",
+        "the mean loss has a second term, for the comparisons that y2 wins: its slope is missing",
+        _descent(lambda h, b, g: 2 * b * _sigmoid(g) * _sigmoid(-b * h)),
+        "common",
+    ),
+    (
+        "fixed-step",
+        "these steps have a fixed size, by the sign of the slope: gradient descent moves in proportion to it",
         _descent(lambda h, b, g: 2 * math.copysign(1.0, _sigmoid(g) - _sigmoid(b * h))),
         "common",
     ),
@@ -1592,6 +2197,30 @@ gs.plant(
     ),
     ("other-direction", "this is KL(ref || pi)", _descent(kl=_reverse_kl), "common"),
     (
+        "base-2",
+        "logarithms are natural: both numbers are in bits",
+        _descent(kl=lambda h: _kl_from_coin(h) / math.log(2)),
+        "common",
+    ),
+    (
+        "no-log-2",
+        "this is minus the entropy: the reference is uniform, and adds log 2",
+        _descent(kl=lambda h: _kl_from_coin(h) - math.log(2)),
+        "common",
+    ),
+    (
+        "kl-of-the-margin",
+        "the policy's log-odds are h: beta h is the margin",
+        lambda b, lr, n, g: (_kl_from_coin(b * _odds_after(b, lr, n, g)), _kl_from_coin(g)),
+        "common",
+    ),
+    (
+        "overflow",
+        "right as a formula, but it overflows, or takes log 0, where h is large: exp(-|h|) stays finite",
+        _descent(kl=_kl_by_exp),
+        "common",
+    ),
+    (
         "second-order",
         "h^2/8 is the KL near the reference only",
         _descent(kl=lambda h: h**2 / 8),
@@ -1613,12 +2242,30 @@ def _by_numpy(beta: float, lr: float, steps: int, gap: float) -> Any:
         model = p[0] ** beta / (p**beta).sum()
         p = p * np.exp(lr * beta * (win - model) * np.array([1, -1]))
         p = p / p.sum()
-    best = np.exp([gap / beta, 0])
-    return [(q * np.log(2 * q)).sum() for q in (p, best / best.sum())]
+    best = np.exp(np.array([gap / beta, 0]) - max(gap / beta, 0))
+    best = best / best.sum()
+    return [sum(x * np.log(2 * x) for x in q if x > 0) for q in (p, best)]
 
 
 gs.right("in the probabilities, numpy", _by_numpy)
-gs.right("rounded", lambda *run: [float(f"{x:.4g}") for x in dpo_kl_after(*run)])
+gs.right("four digits", lambda *run: [float(f"{x:.4g}") for x in dpo_kl_after(*run)])
+gs.right("four decimals", lambda *run: [round(x, 4) for x in dpo_kl_after(*run)])
+
+
+def _in_float32(beta: float, lr: float, steps: int, gap: float) -> Any:
+    """torch.optim.SGD in single precision, and log_softmax."""
+    logits = torch.zeros(2, requires_grad=True)
+    optimiser, win = torch.optim.SGD([logits], lr=lr), torch.sigmoid(tensor(gap))
+    for _ in range(steps):
+        optimiser.zero_grad()
+        margin = beta * (logits[0] - logits[1])
+        (-win * logsigmoid(margin) - (1 - win) * logsigmoid(-margin)).backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    laws = [x.log_softmax(0) for x in (logits.detach(), tensor([gap / beta, 0.0]))]
+    return [(p.exp() * (p + math.log(2))).sum() for p in laws]
+
+
+gs.right("torch.optim.SGD, float32", _in_float32)
 
 
 # -- a derivation with false lines -----------------------------------------------------------------------
@@ -1741,6 +2388,18 @@ ll.plant(
         "W-DPO-15",
     ),
     (
+        "true-lines",
+        "these are the true lines: the false ones are asked for",
+        set(range(1, 11)) - _FALSE,
+        "common",
+    ),
+    (
+        "counted-from-0",
+        "lines are counted from 1: each of your numbers is one too small",
+        {line - 1 for line in _FALSE},
+        "common",
+    ),
+    (
         "gradient-only",
         "lines 6 and 7 are both false: a sigmoid is missing in one and has the wrong sign in the other",
         _FALSE - {6, 7},
@@ -1780,7 +2439,8 @@ def _trained(features: Tensor) -> tuple[Tensor, float]:
 
 def _where_the_third_lies(features: Tensor) -> str:
     """The place of the third response on the line from the rejected (0) to the chosen one (1)."""
-    gram = features @ features.T
+    own = features[:, (features != features[0]).any(0)]  # a feature that all three share moves nothing
+    gram = own @ own.T
     if (gram - torch.diag(gram.diagonal())).abs().max() < 1e-6 and gram.diagonal().min() > 0:
         return "features of their own"
     direction = features[0] - features[1]
@@ -1836,20 +2496,21 @@ def _(features: Any) -> None:
 @ds.case("and yet the chosen response ends below 0.323", 2, "who else has what sets the chosen one apart?")
 def _(features: Any) -> None:
     probs, loss = _trained(features)
-    require(loss < math.log(2) - 0.01, "training moves next to nothing")
+    require(loss < math.log(2) - 0.01, f"the loss ends at {loss:.4f}: training hardly tells chosen from rejected")
     require(probs[0] < 1 / 3 - 0.01, f"the probabilities end at {show(probs)}, the chosen one first")
 
 
 ds.plant(
     (
         "table",
-        "a feature for each response is a table: there the chosen response always gains; let the responses share features",
+        "a feature for each response is a table, where the chosen response always gains: give y3 some of the chosen one's feature",
         [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]],
         "W-DPO-14",
     ),
     (
         "between",
-        "y3 lies between the two: it gains less than the chosen response, which therefore gains",
+        "along the line from the rejected to the chosen response y3 lies between the two: it gains less than the chosen "
+        "one, which therefore gains",
         [[1.0], [-1.0], [0.4]],
         "W-DPO-14",
     ),
@@ -1867,13 +2528,13 @@ ds.plant(
     ),
     (
         "third-as-the-chosen",
-        "y3 shares all features with the chosen response: both gain alike",
+        "along the line from the rejected to the chosen response y3 is where the chosen one is: both gain alike",
         [[1.0], [0.0], [1.0]],
         "common",
     ),
     (
         "third-as-the-rejected",
-        "y3 shares all features with the rejected response: both lose, the chosen one gains",
+        "along the line from the rejected to the chosen response y3 is where the rejected one is: both lose, the chosen one gains",
         [[1.0], [0.0], [0.0]],
         "common",
     ),
@@ -1885,7 +2546,7 @@ ds.plant(
     ),
     (
         "hardly-moved",
-        "the direction is right, but with such small features nothing moves in 20 steps",
+        "the difference between the chosen and the rejected response is too small: in 20 steps the loss hardly falls",
         [[0.1], [0.0], [0.4]],
         "common",
     ),

@@ -14,11 +14,11 @@ from torch import Tensor, tensor
 from rlhfkit.homework.comparisons import (
     Fail,
     as_tensor,
+    describe,
     expect_close,
     expect_shape,
     gradient,
     gradient_or_none,
-    keeps_inputs,
     lines,
     normal,
     require,
@@ -58,19 +58,29 @@ def _close_pairs(differences: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
     return logprobs, ref, ref.double() - logprobs.double()
 
 
-_SMALL = (1e-4, -1e-4, 3e-4, -3e-4, 1e-3, -1e-3, 1e-2, -1e-2)
+_SMALL = (1e-4, -1e-4, 3e-4, -3e-4)  # here single precision itself leaves an error of a thousandth
+_MIDDLE = (1e-3, -1e-3, 9e-3, -9e-3, 2.9e-2, -2.9e-2)
+_FAR = (24.0, 10.0, -11.0, -24.0)
+
+
+def _relative_error(f: Any, differences: Sequence[float]) -> float:
+    """Largest relative error of the estimates at log-probabilities that differ by so much."""
+    logprobs, ref, d = _close_pairs(differences)
+    error = as_tensor(f(logprobs, ref), "estimates") / (torch.expm1(d) - d) - 1
+    return error.abs().max().item()
 
 
 def _k3_probe(f: Any) -> list[Any]:
     logprobs, ref = -normal(2, 3, seed=1).abs() - 0.2, -normal(2, 3, seed=2).abs() - 0.2
     x = logprobs.requires_grad_()
-    values, far = f(x, ref), f(tensor([-25.0, -12.0, -1.0, -1.0]), tensor([-1.0, -2.0, -12.0, -25.0]))
-    digits = "-"
+    far = f(-1 - tensor(_FAR).relu(), -1 - (-tensor(_FAR)).relu())
+    values, digits = f(x, ref), "-"
     if same(values, kl_k3(logprobs, ref)):  # only then is there something to lose
-        close, close_ref, d = _close_pairs(_SMALL)
-        error = as_tensor(f(close, close_ref), "probe") / (torch.expm1(d) - d) - 1
-        digits = "kept" if error.abs().max() < 0.05 else "lost"
-    return [values, gradient_or_none(values, x), far, digits]
+        digits = "lost" if _relative_error(f, _SMALL) > 0.05 else "kept"
+        if digits == "kept" and _relative_error(f, _MIDDLE) > 1e-3:
+            digits = "too few terms"
+    alone = list(f(tensor(-1.0), tensor(-2.0)).shape)
+    return [values, gradient_or_none(values, x), far, digits, alone]
 
 
 k3 = Question(
@@ -112,7 +122,7 @@ def _(f: Any) -> None:
 def _(f: Any) -> None:
     for seed, spread in ((4, 0.3), (5, 1.0), (6, 2.0)):
         logprobs, ref = _two_laws(seed, spread)
-        got = as_tensor(keeps_inputs(f)(logprobs, ref), "estimates")
+        got = as_tensor(f(logprobs, ref), "estimates")
         expect_shape(got, (5,), "estimates")
         want = _kl(logprobs.exp(), ref.exp())
         expect_close((logprobs.double().exp() * got).sum(), want, "mean over all responses, weighted with pi")
@@ -120,15 +130,17 @@ def _(f: Any) -> None:
 
 @k3.case("small differences keep their digits", 1, "exp(d) - 1 - d cancels in single precision")
 def _(f: Any) -> None:
-    logprobs, ref, d = _close_pairs(_SMALL)
-    got, want = as_tensor(f(logprobs, ref), "estimates"), torch.expm1(d) - d
-    expect_close(got / want, torch.ones(8), "estimate over its true value, differences from 1e-4 to 1e-2", rtol=0.05)
+    for differences, rtol in ((_SMALL, 0.02), (_MIDDLE, 1e-3)):
+        logprobs, ref, d = _close_pairs(differences)
+        got, want = as_tensor(f(logprobs, ref), "estimates"), torch.expm1(d) - d
+        what = f"estimate over its true value at differences of {show(tensor(differences))}"
+        expect_close(got / want, torch.ones(len(differences)), what, rtol=rtol)
     steps = torch.logspace(-8, -2, 100).tolist()
     least = min(as_tensor(f(*_close_pairs([s * x for x in steps])[:2]), "estimates").min().item() for s in (1, -1))
     require(least > -1e-12, f"differences from 1e-8 to 1e-2: got {least:.3g}, expected nothing negative")
 
 
-@k3.case("as a loss: the slope in log pi is 1 - ref/pi", 1, "autograd must find its way to logprobs")
+@k3.case("as a loss: the slope in log pi is 1 - ref/pi", 1, "logprobs stands in both terms, and ref/pi moves with it")
 def _(f: Any) -> None:
     logprobs, ref = _two_laws(7, 1.0)
     x = logprobs.clone().requires_grad_()
@@ -145,6 +157,10 @@ def _(f: Any) -> None:
     expect_close(alone, got[1:, :1], "sample [1, 0] alone against inside the batch")
     d = (ref - logprobs).double()
     expect_close(got, torch.expm1(d) - d, "estimates at differences of 8, -8, -0.5, -0.5, -11.5 and 11.5")
+    for low, high in ((-31.0, -1.0), (-81.0, -1.0), (-2.0, -62.0), (-1.0, -151.0)):
+        got = as_tensor(f(tensor(low), tensor(high)), "estimate of one sample without axes")
+        want = math.expm1(high - low) - (high - low)
+        expect_close(got, want, f"estimate of one sample without axes, log pi {low:g}, log ref {high:g}")
 
 
 def _k3_of(estimate: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -206,7 +222,7 @@ k3.plant(
     ),
     (
         "exp-minus-1",
-        "right in exact arithmetic; exp(d) - 1 - d loses the digits of a small d and turns negative: use expm1",
+        "right in exact arithmetic, but so computed the digits of a small d cancel: take d first, then expm1(d) - d",
         _k3_of(lambda d: d.exp() - 1 - d),
         "W-KL-9",
     ),
@@ -220,6 +236,30 @@ k3.plant(
         "clamped-log-ratio",
         "you cut the log-ratio at 10: nothing is clamped here",
         _k3_of(lambda d: torch.expm1(d.clamp(-10.0, 10.0)) - d.clamp(-10.0, 10.0)),
+        "common",
+    ),
+    (
+        "cut-at-20",
+        "you cut the log-ratio at 20: a sample that pi hardly ever writes has a large estimate, and must have it",
+        _k3_of(lambda d: torch.expm1(d.clamp(-20.0, 20.0)) - d.clamp(-20.0, 20.0)),
+        "common",
+    ),
+    (
+        "result-cut-at-1e5",
+        "you cut estimates above 100,000: the few samples that are so large belong to the mean",
+        _k3_of(lambda d: (torch.expm1(d) - d).clamp(max=1e5)),
+        "common",
+    ),
+    (
+        "series-below-0.03",
+        "d^2/2 is only the first term of the series: at d = 0.03 it is 1% off, where expm1 has no error to speak of",
+        _k3_of(lambda d: torch.where(d.abs() < 0.03, d.square() / 2, torch.expm1(d) - d)),
+        "common",
+    ),
+    (
+        "one-axis-added",
+        "a single number must come back as one: you gave it an axis",
+        _k3_of(lambda d: torch.atleast_1d(torch.expm1(d) - d)),
         "common",
     ),
     (
@@ -249,6 +289,9 @@ k3.plant(
 )
 k3.right("float64, where exp(d) - 1 has digits enough", _k3_of(lambda d: d.double().exp() - 1 - d.double()))
 k3.right("2 exp(d/2) sinh(d/2) - d", _k3_of(lambda d: 2 * (d / 2).exp() * (d / 2).sinh() - d))
+k3.right(
+    "a short series near 0", _k3_of(lambda d: torch.where(d.abs() < 1e-2, d**2 / 2 + d**3 / 6, torch.expm1(d) - d))
+)
 k3.right("k1 plus what has mean 0", lambda lp, ref: (lp - ref) + torch.special.expm1(ref - lp))
 
 
@@ -278,10 +321,11 @@ def _k2_of(log_ratio: Tensor) -> Tensor:
 def _distance(answer: Any) -> float:
     """One number, which may be infinite."""
     x = as_tensor(answer, "your answer")
-    expect_shape(x, (), "your answer")
+    if x.numel() != 1:
+        raise Fail(f"your answer: expected one number, got {describe(answer)}")
     if x.isnan():
         raise Fail("your answer: got nan, expected a distance")
-    return float(x)
+    return x.item()
 
 
 _THRESHOLD = math.sqrt(math.sqrt(5) - 1)
@@ -523,7 +567,7 @@ def loss_gradients(logits, ref_logits):  # type: ignore[no-untyped-def]
 
 
 def _three(f: Any, logits: Tensor, ref_logits: Tensor) -> list[Tensor]:
-    got = unpack(keeps_inputs(f)(logits.clone(), ref_logits.clone()), 3, "loss_gradients returns three gradients")
+    got = unpack(f(logits.clone(), ref_logits.clone()), 3, "loss_gradients returns three gradients")
     parts = [as_tensor(x, f"gradient of k{i}") for i, x in enumerate(got, 1)]
     for i, x in enumerate(parts, 1):
         expect_shape(x, tuple(logits.shape), f"gradient of k{i}")
@@ -797,7 +841,7 @@ def _drift_by_autograd(ref: Tensor, lr: float, estimate: Callable[[Tensor], Tens
 
 
 def _two_means(f: Any, ref: Tensor, lr: float) -> list[Tensor]:
-    got = unpack(keeps_inputs(f)(ref.clone(), lr), 2, "kl_drift returns (mean KL with k1, mean KL with k2)")
+    got = unpack(f(ref.clone(), lr), 2, "kl_drift returns (mean KL with k1, mean KL with k2)")
     parts = [as_tensor(x, f"mean KL with k{i}") for i, x in enumerate(got, 1)]
     for i, x in enumerate(parts, 1):
         expect_shape(x, (), f"mean KL with k{i}")
@@ -841,7 +885,7 @@ def _(f: Any) -> None:
 def _(f: Any) -> None:
     for p, lr in _DRIFT_LAWS:
         first, second = _two_means(f, tensor(p), lr)
-        require(first.abs() > 1e-4, "your mean KL after a step with k1 is 0, too")
+        require(first.abs() > 1e-4, "your mean KL after a step with k1 is nearly 0, too")
         want = _drift_by_autograd(tensor(p), lr, _k2_of)
         what = f"mean KL after a step with k2, ref = {p}, lr {lr:g}"
         expect_close(second, want, what, rtol=2e-3, atol=6e-4, tell_expected=False)
@@ -1143,18 +1187,25 @@ def _kl_slope(logits: Tensor, ref: Tensor) -> Tensor:
     return slope
 
 
+def _far_laws() -> tuple[Tensor, Tensor, Tensor]:
+    """The same where pi writes much that the older policy hardly writes: ratios of 900, 11 and 0.002."""
+    pi, old, ref = tensor([0.45, 0.548, 0.002]), tensor([0.0005, 0.05, 0.9495]), tensor([0.002, 0.9, 0.098])
+    return pi.log().requires_grad_(), old.log(), ref.log()
+
+
 def _off_probe(f: Any) -> list[Any]:
     found: list[Any] = []
-    for seed, far in ((31, 1.0), (34, 0.0)):
-        logits, old, ref = _three_laws(seed, far=far)
+    for logits, old, ref in (_three_laws(31), _three_laws(34, far=0.0), _far_laws()):
         old, ref = old.requires_grad_(), ref.requires_grad_()
         losses = f(logits.log_softmax(0), old, ref)
-        found.append(list(losses.shape) if isinstance(losses, Tensor) else "no tensor")
-        found += [gradient_or_none((old.detach().exp() * losses).sum(), logits)]
-        for x in (old, ref):
-            slope = gradient_or_none(losses, x)
-            found.append("constant" if isinstance(slope, str) or slope.abs().max() == 0 else "not constant")
-    return found
+        if not isinstance(losses, Tensor):
+            return ["no tensor"]
+        slope = gradient_or_none((old.detach().exp() * losses).sum(), logits)
+        found += [list(losses.shape), slope]
+        if same(slope, _kl_slope(logits, ref)):  # a wrong formula is named whether or not its constants are constant
+            slopes = [gradient_or_none(losses, x) for x in (old, ref)]
+            found += ["constant" if isinstance(x, str) or x.abs().max() == 0 else "not constant" for x in slopes]
+    return [*found, list(f(*(tensor(x, requires_grad=x == -1.0) for x in (-1.0, -2.0, -3.0))).shape)]
 
 
 op = Question(
@@ -1196,6 +1247,10 @@ def _(f: Any) -> None:
         got = _loss_slope(f, logits, old, ref)
         expect_close(got, _kl_slope(logits, ref), "mean gradient over all samples, weighted with old")
 
+    logits, old, ref = _far_laws()
+    got = _loss_slope(f, logits, old, ref)
+    expect_close(got, _kl_slope(logits, ref), "mean gradient over all samples, pi/old = 900, 11 and 0.002")
+
 
 @op.case("what the older policy and the reference say is constant", 1, "detach what is not being trained")
 def _(f: Any) -> None:
@@ -1212,11 +1267,13 @@ def _(f: Any) -> None:
 def _(f: Any) -> None:
     logprobs, old, ref = (-normal(2, 3, seed=seed).abs() - 0.2 for seed in (61, 62, 63))
     logprobs = logprobs.requires_grad_()
-    got = as_tensor(keeps_inputs(f)(logprobs, old, ref), "losses")
+    got = as_tensor(f(logprobs, old, ref), "losses")
     expect_shape(got, (2, 3), "losses")
     alone = as_tensor(f(logprobs[1:, :1], old[1:, :1], ref[1:, :1]), "loss")
     expect_close(alone, got[1:, :1], "sample [1, 0] alone against inside the batch")
     require(got.max() > got.min() + 1e-3, "all samples have the same loss")
+    one = as_tensor(f(*(tensor(x, requires_grad=x == -1.0) for x in (-1.0, -2.0, -3.0))), "loss")
+    expect_shape(one, (), "loss of one sample without axes")
 
 
 def _off(
@@ -1292,6 +1349,30 @@ op.plant(
         "k2-clipped-ratio",
         "a clipped ratio is another weight: the mean gradient is biased",
         _off(_k2_of, lambda d: d.exp().clamp(0.8, 1.2)),
+        "common",
+    ),
+    (
+        "ratio-cut-at-100",
+        "ratios above 100 are cut: they are rare under old, and the mean needs them",
+        _off(_k2_of, lambda d: d.exp().clamp(max=100.0)),
+        "common",
+    ),
+    (
+        "log-ratio-cut-at-5",
+        "the logarithm of the ratio is cut at 5, so large ratios are too small",
+        _off(_k2_of, lambda d: d.clamp(-5.0, 5.0).exp()),
+        "common",
+    ),
+    (
+        "log-ratio-to-the-reference-cut-at-5",
+        "log(pi/ref) is cut at 5: beyond that nothing pulls back any more",
+        _off(lambda x: x.clamp(-5.0, 5.0).square() / 2),
+        "common",
+    ),
+    (
+        "one-axis-added",
+        "the loss of a single sample must be one number: you gave it an axis",
+        lambda n, o, r: torch.atleast_1d(off_policy_kl(n, o, r)),
         "common",
     ),
     (
@@ -1650,7 +1731,7 @@ def _whole_response_kl(world: tuple[Tensor, ...]) -> Tensor:
 
 
 def _two_rows(f: Any, world: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    got = unpack(keeps_inputs(f)(*(x.clone() for x in world)), 2, "estimator_moments returns (means, variances)")
+    got = unpack(f(*(x.clone() for x in world)), 2, "estimator_moments returns (means, variances)")
     means, variances = (as_tensor(x, name) for x, name in zip(got, ("means", "variances"), strict=True))
     expect_shape(means, (4,), "means")
     expect_shape(variances, (4,), "variances")
@@ -2055,21 +2136,26 @@ kc = Question(
         "sequences that were measured.",
         "kl_coef (1 + error num_sequences/horizon), with error = kl/target - 1 cut to [-0.2, 0.2].",
     ),
-    explanation="Above the target the coefficient must grow, below it shrink, by a factor, so that it stays positive whatever its "
-    "size. The error is relative, so that 0.1 means 10% off for every target, and cut at 20%, so that a single measurement "
+    explanation="Above the target the coefficient must grow, below it shrink, by a factor, so that a small one stays "
+    "positive (as long as one update brings fewer than five horizons of sequences). The error is relative, so that 0.1 means 10% off for every target, and cut at 20%, so that a single measurement "
     "moves little. At the largest error the coefficient grows by 20% if a horizon of sequences comes in one update, and by "
     "a factor of nearly e^0.2 = 1.22 if they come in many small ones.",
-    probes=lambda f: [
-        f(*args)
-        for args in (
-            (0.15, 6.6, 6.0, 64, 1000),
-            (2.0, 9.0, 6.0, 100, 400),
-            (0.5, -1.0, 3.0, 50, 700),
-            (0.3, 2.7, 3.0, 10, 40),
-            (1.0, 0.55, 0.5, 100, 1000),
-            (1.0, 60.0, 6.0, 100, 1000),
-        )
-    ],
+    probes=lambda f: (
+        [
+            f(*args)
+            for args in (
+                (0.15, 6.6, 6.0, 64, 1000),
+                (2.0, 9.0, 6.0, 100, 400),
+                (0.5, -1.0, 3.0, 50, 700),
+                (0.3, 2.7, 3.0, 10, 40),
+                (1.0, 0.55, 0.5, 100, 1000),
+                (1.0, 60.0, 6.0, 100, 1000),
+                (1.0, -6.0, 6.0, 100, 1000),
+                (1.0, 6.6, 6.0, 900, 400),
+            )
+        ]
+        + [1e4 * f(1e-4, 6.6, 6.0, 100, 1000)]
+    ),
 )
 
 
@@ -2088,7 +2174,8 @@ def _(f: Any) -> None:
                 sign * (got - kl_coef) > 1e-6 * kl_coef and got > 0,
                 f"KL {share:g} times the target: kl_coef went from {kl_coef:g} to {got:.6g}",
             )
-        expect_close(_coef(f, kl_coef, target, target, 256, 10_000), kl_coef, "kl_coef with the KL on the target")
+        on_it = _coef(f, kl_coef, target, target, 256, 10_000)
+        expect_close(on_it, kl_coef, "kl_coef with the KL on the target", rtol=1e-6, atol=0)
 
 
 @kc.case("in proportion to the relative error, to the sequences and to itself", 2, "kl/target - 1 has no unit")
@@ -2101,14 +2188,17 @@ def _(f: Any) -> None:
         (1.0, 6.6, 6.0, 400, 1000, 1.04),
         (1.0, 6.6, 6.0, 100, 250, 1.04),
         (1.0, 6.3, 6.0, 1000, 1000, 1.05),
+        (1.0, 6.6, 6.0, 500, 250, 1.2),
+        (1e-4, 6.6, 6.0, 100, 1000, 1.01e-4),
+        (1e-4, 5.4, 6.0, 100, 1000, 0.99e-4),
     ):
         what = f"kl_coef {kl_coef:g}, KL {kl:g}, target {target:g}, {count} sequences, horizon {horizon}"
-        expect_close(_coef(f, kl_coef, kl, target, count, horizon), want, what)
+        expect_close(_coef(f, kl_coef, kl, target, count, horizon), want, what, atol=0)
 
 
 @kc.case("an error counts as 0.2 at most, in both directions", 1, "cut the error, not the coefficient")
 def _(f: Any) -> None:
-    for kl, want in ((60.0, 1.02), (7.3, 1.02), (4.5, 0.98), (-3.0, 0.98)):
+    for kl, want in ((60.0, 1.02), (7.3, 1.02), (4.5, 0.98), (-3.0, 0.98), (-6.0, 0.98), (-12.0, 0.98)):
         expect_close(_coef(f, 1.0, kl, 6.0, 100, 1000), want, f"kl_coef 1, KL {kl:g}, target 6")
 
 
@@ -2203,6 +2293,36 @@ kc.plant(
         "horizon-upside-down",
         "a longer horizon makes the controller slower: divide by it",
         lambda c, kl, target, n, horizon: c * (1 + _cut(kl / target - 1) * horizon / n),
+        "common",
+    ),
+    (
+        "whole-horizons",
+        "num_sequences // horizon is 0 for a batch below the horizon: divide with /",
+        lambda c, kl, target, n, horizon: c * (1 + _cut(kl / target - 1) * (n // horizon)),
+        "common",
+    ),
+    (
+        "whole-horizons-at-least-one",
+        "max(1, num_sequences // horizon) takes every small batch for a whole horizon: divide with /",
+        lambda c, kl, target, n, horizon: c * (1 + _cut(kl / target - 1) * max(1, n // horizon)),
+        "common",
+    ),
+    (
+        "at-most-one-horizon",
+        "num_sequences/horizon is not cut at 1: a batch of two horizons counts twice",
+        lambda c, kl, target, n, horizon: c * (1 + _cut(kl / target - 1) * min(1, n / horizon)),
+        "common",
+    ),
+    (
+        "absolute-kl",
+        "a measured KL can be negative, and is then below the target: take no absolute value",
+        _controller(lambda kl, target: _cut(abs(kl) / target - 1)),
+        "common",
+    ),
+    (
+        "floor",
+        "the coefficient has no smallest value: a factor never takes it to 0",
+        lambda c, kl, target, n, horizon: max(next_kl_coef(c, kl, target, n, horizon), 1e-3),
         "common",
     ),
     (

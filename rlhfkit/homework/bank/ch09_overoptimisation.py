@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from rlhfkit.homework.comparisons import (
     as_tensor,
     expect_close,
     expect_shape,
-    keeps_inputs,
     normal,
     require,
     show,
@@ -38,11 +38,23 @@ def best_of_n(ref_logprobs, scores, n):  # type: ignore[no-untyped-def]
 
 
 _TIED = [[0.3, 2.0, -1.0, 2.0, 0.3], [1.5, -0.5, 1.5, 1.5, 0.0], [0.0, 4.0, 1.0, 2.0, 3.0]]
+_CLOSE = [[0.31, 0.70014, 0.34, 0.70012, -1.0], [1.0004, 1.0, 1.0, 1.0009, 0.9998], [0.2, 0.2003, 0.16, 0.24, 0.16]]
+"""Scores that differ by 0.08 to 0.00002, some of them tied: what rounding makes equal."""
 
 
 def _tied(seed: int) -> tuple[Tensor, Tensor]:
     """log ref and scores of three prompts, five responses each; two prompts have ties."""
     return normal(3, 5, seed=seed).log_softmax(-1), tensor(_TIED)
+
+
+def _close(seed: int) -> tuple[Tensor, Tensor]:
+    """The same with scores that lie close together."""
+    return normal(3, 5, seed=seed).log_softmax(-1), tensor(_CLOSE)
+
+
+def _rare_worst() -> tuple[Tensor, Tensor]:
+    """log ref and scores of one prompt; the first response is the worst, and ref writes it once in 250 draws."""
+    return tensor([[0.004, 0.25, 0.3, 0.246, 0.2]]).log(), tensor([[-2.0, 0.5, 1.5, 0.5, 0.0]])
 
 
 def _draws(count: int, n: int) -> Tensor:
@@ -60,12 +72,23 @@ def _by_tuples(ref_logprobs: Tensor, scores: Tensor, n: int) -> Tensor:
     return torch.stack(rows)
 
 
-def _law(f: Any, ref: Tensor, scores: Tensor, n: int) -> Tensor:
-    """The answer as probabilities, (P, N)."""
-    got = as_tensor(keeps_inputs(f)(ref.clone(), scores.clone(), n), "log-probabilities")
+def _log_law(f: Any, ref: Tensor, scores: Tensor, n: int) -> Tensor:
+    """The answer, (P, N)."""
+    got = as_tensor(f(ref.clone(), scores.clone(), n), "log-probabilities")
     expect_shape(got, tuple(ref.shape), "log-probabilities")
     require(not torch.isnan(got).any(), f"log-probabilities: got {show(got)}, with nan among them")
-    return got.exp()
+    return got
+
+
+def _law(f: Any, ref: Tensor, scores: Tensor, n: int) -> Tensor:
+    """The answer as probabilities, (P, N)."""
+    return _log_law(f, ref, scores, n).exp()
+
+
+def _of_the_rare_worst(f: Any) -> float | str:
+    """Log-probability of the rare worst response among 10 draws, or "floored" for any floor from e^-50 to e^-9."""
+    got = float(as_tensor(f(*_rare_worst(), 10), "probe")[0, 0])
+    return "floored" if -50 < got < -9 else got
 
 
 bn = Question(
@@ -90,9 +113,16 @@ bn = Question(
     "does not write, but not as often as the reference writes it: for ref = (.5, .3, .2) and scores (0, 1, 1) the "
     "best of 2 has the law (.25, .45, .30), the best of 64 practically (0, .6, .4).",
     probes=lambda f: [
-        f(*_tied(1), 2),
-        f(*_tied(2), 5),
-        f(normal(2, 4, seed=3).log_softmax(-1), normal(2, 4, seed=4), 3),
+        *(
+            as_tensor(f(ref, scores, n), "probe").exp()
+            for (ref, scores), n in (
+                (_tied(1), 2),
+                (_tied(2), 5),
+                ((normal(2, 4, seed=3).log_softmax(-1), normal(2, 4, seed=4)), 3),
+                ((_close(5)[0][:1], _close(5)[1][:1]), 3),
+            )
+        ),
+        _of_the_rare_worst(f),
     ],
 )
 
@@ -113,6 +143,10 @@ def _(f: Any) -> None:
         want = (at_most * ref.double().exp()[:, None, :]).sum(-1) ** n
         have = (at_most * got[:, None, :]).sum(-1)
         expect_close(have, want, f"probability of at most the response's score, n = {n}", rtol=1e-3, atol=1e-4)
+    ref, scores = _rare_worst()
+    for n in (4, 10):
+        got, want = _log_law(f, ref, scores, n)[0, 0], n * ref[0, 0]
+        expect_close(got, want, f"log-probability of a rare worst response, n = {n}", rtol=0, atol=0.01)
 
 
 @bn.case("tied responses keep the proportions of the reference", 1, "who writes the responses that tie?")
@@ -133,10 +167,12 @@ def _(f: Any) -> None:
 
 @bn.case("equals a list of all n-tuples, with ties", 2, "list all pairs of draws of three responses by hand")
 def _(f: Any) -> None:
-    for seed, n in ((20, 2), (21, 3), (22, 4)):
-        ref, scores = _tied(seed)
-        want = _by_tuples(ref, scores, n)
-        expect_close(_law(f, ref, scores, n), want, f"probabilities, n = {n}", rtol=1e-3, atol=1e-5)
+    for world, told in ((_tied, ""), (_close, ", with scores that lie close together")):
+        for seed, n in ((20, 2), (21, 3), (22, 4)):
+            ref, scores = world(seed)
+            want = _by_tuples(ref, scores, n).log()
+            got = _log_law(f, ref, scores, n)
+            expect_close(got, want, f"log-probabilities, n = {n}{told}", rtol=1e-3, atol=1e-3)
 
 
 def _levels(ref: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,6 +207,11 @@ def _equal_shares(ref: Tensor, scores: Tensor, n: int) -> Tensor:
     _, at_most, below = _levels(ref, scores)
     tied = (scores[:, None, :] == scores[:, :, None]).sum(-1)
     return ((at_most**n - below**n) / tied).log()
+
+
+def _rounded(f: Callable[..., Any], digits: int) -> Callable[..., Any]:
+    """f of the scores with so many digits after the point."""
+    return lambda ref, scores, n: f(ref, (scores * 10**digits).round() / 10**digits, n)
 
 
 def _over_the_table(ref: Tensor, scores: Tensor, n: int) -> Tensor:
@@ -267,6 +308,24 @@ bn.plant(
         _over_the_table,
         "common",
     ),
+    (
+        "rounded-to-0.1",
+        "you rounded the scores to 0.1: 0.31 and 0.34 do not tie, only equal scores do",
+        _rounded(best_of_n, 1),
+        "common",
+    ),
+    (
+        "rounded-to-0.001",
+        "you rounded the scores, to 0.01 or finer: scores that differ by 0.0001 do not tie, the higher one wins",
+        _rounded(best_of_n, 3),
+        "common",
+    ),
+    (
+        "floored",
+        "you put a floor under the probabilities before the logarithm: a rare worst response may have e^-55 and must keep it",
+        lambda ref, s, n: (best_of_n(ref, s, n).exp() + 1e-6).log(),
+        "common",
+    ),
 )
 
 
@@ -295,9 +354,44 @@ def _by_counting_ties(ref_logprobs: Tensor, scores: Tensor, n: int) -> Tensor:
     return torch.log(torch.as_tensor(total) * q / level)
 
 
+def _by_logsumexp(ref_logprobs: Tensor, scores: Tensor, n: int) -> Tensor:
+    """log F and log G from logsumexp, log(F^n - G^n) and log(F - G) from their difference, all in float32."""
+    terms = ref_logprobs.float()[:, None, :].expand(-1, scores.shape[-1], -1)
+    log_f, log_g = (
+        torch.where(compare(scores[:, None, :], scores[:, :, None]), terms, -torch.inf).logsumexp(-1)
+        for compare in (torch.le, torch.lt)
+    )
+    gap = log_g - log_f
+    return ref_logprobs + (n - 1) * log_f + torch.log1p(-(n * gap).exp()) - torch.log1p(-gap.exp())
+
+
+def _by_loops(ref_logprobs: Tensor, scores: Tensor, n: int) -> list[list[float]]:
+    table = []
+    for lq, s in zip(ref_logprobs.tolist(), scores.tolist(), strict=True):
+        row = []
+        for lp, score in zip(lq, s, strict=True):
+            level = sum(math.exp(x) for x, other in zip(lq, s, strict=True) if other == score)
+            below = sum(math.exp(x) for x, other in zip(lq, s, strict=True) if other < score)
+            row.append(lp + math.log(((level + below) ** n - below**n) / level))
+        table.append(row)
+    return table
+
+
+def _by_survival(ref_logprobs: Tensor, scores: Tensor, n: int) -> Tensor:
+    """F and G as 1 minus what lies above, float32."""
+    q, above = ref_logprobs.float().exp(), scores[:, None, :] > scores[:, :, None]
+    level = (q[:, None, :] * (scores[:, None, :] == scores[:, :, None])).sum(-1)
+    at_most = 1 - (q[:, None, :] * above).sum(-1)
+    return ((at_most**n - (at_most - level).clamp(min=0) ** n) * q / level).log()
+
+
 bn.right("a sum of powers, float64", _by_sum_of_powers)
 bn.right("levels of the score, numpy, lists", _by_score_levels)
 bn.right("how many of the n draws tie", _by_counting_ties)
+bn.right("float32, differences of logsumexp", _by_logsumexp)
+bn.right("float32, one minus what is better", _by_survival)
+bn.right("loops over the responses, lists", _by_loops)
+bn.right("three decimals", lambda ref, s, n: best_of_n(ref.double(), s, n).mul(1000).round() / 1000)
 
 
 # -- its divergence --------------------------------------------------------------------------------------
@@ -368,7 +462,7 @@ def _(f: Any) -> None:
     for n in (2, 4):
         few, more, many = (_divergence(f, n, responses) for responses in (2, 8, 1000))
         told = f"KL for n = {n} and 2, 8, 1000 responses: got {few:.4f}, {more:.4f}, {many:.4f}"
-        require(few + 0.03 < more < many - 5e-4, f"{told}, expected growing numbers")
+        require(few + 0.03 < more < many - 5e-4, f"{told}, expected numbers that clearly grow")
         expect_close(many, _bound(n), f"KL for n = {n}, 1000 responses", rtol=3e-3)
 
 
@@ -485,7 +579,7 @@ def bon_win_rate(ref, scores, n):  # type: ignore[no-untyped-def]
 
 
 def _rate(f: Any, ref: Tensor, scores: Tensor, n: int) -> Tensor:
-    got = as_tensor(keeps_inputs(f)(ref.clone(), scores.clone(), n), "win rate")
+    got = as_tensor(f(ref.clone(), scores.clone(), n), "win rate")
     expect_shape(got, (), "win rate")
     return got
 
@@ -521,9 +615,24 @@ bw = Question(
     "little without its rule for ties.",
     probes=lambda f: [
         *(f(normal(5, seed=i).softmax(0), tensor(_TIED[i % 3]), n) for i, n in ((0, 2), (1, 4), (2, 3), (3, 7))),
-        f(normal(5, seed=4).softmax(0), torch.ones(5), 3),
+        f(normal(5, seed=5).softmax(0), tensor(_CLOSE[0]), 3),
+        _where_all_tie(f),
     ],
 )
+
+
+def _number(f: Any, *args: Any) -> float:
+    """What f gives, nan if it raises or gives no number."""
+    try:
+        return float(as_tensor(f(*args), "probe"))
+    except Exception:
+        return math.nan
+
+
+def _where_all_tie(f: Any) -> str:
+    """Two classes, since answers that divide 0 by 0 here give nan, raise, or give what they were patched with."""
+    rate = _number(f, tensor([0.5, 0.25, 0.125, 0.0625, 0.0625]), torch.ones(5), 3)
+    return "one half" if abs(rate - 0.5) < 1e-3 else "not one half"
 
 
 @bw.case("one half for one draw, and wherever all scores are equal", 1, "the two sides are alike")
@@ -534,14 +643,15 @@ def _(f: Any) -> None:
         expect_close(_rate(f, ref, torch.full((5,), 3.0), 6), 0.5, "win rate with equal scores, n = 6", rtol=2e-3)
 
 
-@bw.case("never above n/(n + 1), which 500 different scores reach", 1, "with few responses many games are ties")
+@bw.case("below n/(n + 1), which 500 different scores nearly reach", 1, "with few responses many games are ties")
 def _(f: Any) -> None:
     fine = torch.full((500,), 0.002)
     for n in (2, 5):
         for count in (2, 3):
             rate = _rate(f, torch.full((count,), 1 / count), torch.arange(float(count)), n)
             told = f"win rate for {count} equally likely responses with different scores, n = {n}: got {rate:.4f}"
-            require(0.5 < rate < n / (n + 1) - 1e-3, f"{told}, expected between 1/2 and n/(n + 1) = {n / (n + 1):.4f}")
+            bounds = f"more than 1/2, and strictly below n/(n + 1) = {n / (n + 1):.4f}, since equal draws occur"
+            require(0.5 < rate < n / (n + 1) - 1e-6, f"{told}, expected {bounds}")
         expect_close(
             _rate(f, fine, torch.arange(500.0), n), n / (n + 1), f"win rate for 500 responses, n = {n}", rtol=1e-3
         )
@@ -558,9 +668,11 @@ def _(f: Any) -> None:
 
 @bw.case("equals a list of all games, with ties", 2, "n draws and one opponent: n + 1 independent responses")
 def _(f: Any) -> None:
-    for seed, n in ((10, 2), (11, 3), (12, 3), (13, 4)):
-        ref, scores = normal(5, seed=seed).softmax(0), tensor(_TIED[seed % 3])
-        expect_close(_rate(f, ref, scores, n), _list_of_games(ref, scores, n), f"win rate, n = {n}", rtol=2e-3)
+    for table, told in ((_TIED, ""), (_CLOSE, ", with scores that lie close together")):
+        for seed, n in ((10, 2), (11, 3), (12, 3), (13, 4)):
+            ref, scores = normal(5, seed=seed).softmax(0), tensor(table[seed % 3])
+            want = _list_of_games(ref, scores, n)
+            expect_close(_rate(f, ref, scores, n), want, f"win rate, n = {n}{told}", rtol=2e-3)
 
 
 def _score_levels(ref: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -582,7 +694,15 @@ def _ties_left_out(ref: Tensor, scores: Tensor, n: int) -> Tensor:
     hi, lo = _score_levels(ref, scores)
     level = hi**n - lo**n
     won, lost = (level * lo).sum(), (level * (1 - hi)).sum()
-    return won / (won + lost) if won + lost > 1e-6 else tensor(0.5)
+    return won / (won + lost)
+
+
+def _in_order(ref: Tensor, scores: Tensor, n: int, first_wins: bool) -> Tensor:
+    """Every response is a level of its own; of tied ones the last wins, or the first."""
+    order = scores.sort(stable=True, descending=first_wins).indices
+    q = ref[order.flip(0) if first_wins else order]
+    hi = q.cumsum(0)
+    return ((hi**n - (hi - q) ** n) * (hi - q / 2)).sum()
 
 
 def _sigmoid_of_gap(ref: Tensor, scores: Tensor, n: int) -> Tensor:
@@ -625,7 +745,42 @@ bw.plant(
         "W-OO-2",
     ),
     ("ties-as-losses", "you counted ties as losses", _rate_with(lambda hi, lo, n: lo), "common"),
-    ("ties-left-out", "you left ties out of the count; they count one half", _ties_left_out, "common"),
+    (
+        "ties-left-out",
+        "you left ties out of the count; they count one half",
+        lambda ref, s, n: _ties_left_out(ref, s, n) if len(s.unique()) > 1 else 0.5,
+        "common",
+    ),
+    (
+        "ties-left-out-0-by-0",
+        "you left ties out of the count, and where all scores are equal no game is left to divide by; ties count one half",
+        _ties_left_out,
+        "common",
+    ),
+    (
+        "sort-and-cumsum",
+        "you took sums in sort order, so that of two tied responses the one sorted last beats the other: add up whole levels of the score",
+        lambda ref, s, n: _in_order(ref, s, n, first_wins=False),
+        "common",
+    ),
+    (
+        "sort-and-cumsum-downwards",
+        "you took sums in falling sort order, so that of two tied responses the first beats the other: add up whole levels of the score",
+        lambda ref, s, n: _in_order(ref, s, n, first_wins=True),
+        "common",
+    ),
+    (
+        "rounded-to-0.1",
+        "you rounded the scores to 0.1: a game between 0.31 and 0.34 is no tie",
+        _rounded(bon_win_rate, 1),
+        "common",
+    ),
+    (
+        "rounded-to-0.001",
+        "you rounded the scores, to 0.01 or finer: a game between scores that differ by 0.0001 is won by the higher one",
+        _rounded(bon_win_rate, 3),
+        "common",
+    ),
     (
         "one-of-n",
         "1 - 2^-n: the n draws do not play n games with n opponents, but one game with one opponent",
@@ -701,9 +856,20 @@ def _rate_by_matrix(ref: Tensor, scores: Tensor, n: int) -> Tensor:
     return wins @ ((scores[:, None] - scores).sign().double() + 1) @ ref.double() / 2
 
 
+def _rate_by_runs(ref: Tensor, scores: Tensor, n: int) -> Tensor:
+    """Sort and cumsum, in float32, read off at the end of every run of equal scores."""
+    ordered, order = scores.sort()
+    ends = ordered.unique_consecutive(return_counts=True)[1].cumsum(0) - 1
+    hi = ref.float()[order].cumsum(0)[ends]
+    lo = torch.nn.functional.pad(hi[:-1], (1, 0))
+    return (hi**n - lo**n) @ (hi + lo) / 2
+
+
 bw.right("loops over the levels", _rate_by_loops)
 bw.right("a matrix of games, float64", _rate_by_matrix)
-bw.right("three decimals", lambda ref, s, n: round(float(bon_win_rate(ref, s, n)), 4))
+bw.right("float32, ends of the runs of equal scores", _rate_by_runs)
+bw.right("four decimals", lambda ref, s, n: round(float(bon_win_rate(ref, s, n)), 4))
+bw.right("three decimals", lambda ref, s, n: round(float(bon_win_rate(ref, s, n)), 3))
 
 
 # -- an unbiased estimate from a pool --------------------------------------------------------------------
@@ -718,13 +884,21 @@ def unbiased_bon(scores, n):  # type: ignore[no-untyped-def]
 
 
 def _estimate(f: Any, pool: Tensor, n: int) -> Tensor:
-    got = as_tensor(keeps_inputs(f)(pool.clone(), n), "estimate")
+    got = as_tensor(f(pool.clone(), n), "estimate")
     expect_shape(got, (), "estimate")
     require(torch.isfinite(got), f"estimate from {len(pool)} scores, n = {n}: got {show(got)}, which is not finite")
     return got
 
 
 _POOL = [0.5, -1.0, 2.0, 0.5, 3.5, -0.2]
+
+
+def _expect_repeatable(f: Any) -> None:
+    """In front of every case, so that an answer that draws at random is not slowed down until it is stopped."""
+    first, second = _estimate(f, tensor(_POOL), 3), _estimate(f, tensor(_POOL), 3)
+    told = f"the same {len(_POOL)} scores gave two different estimates in two calls: the mean over all subsets is one number"
+    require(abs(first - second) <= 1e-5 * (1 + abs(first)), told)
+
 
 ub = Question(
     id="unbiased_bon",
@@ -745,17 +919,39 @@ ub = Question(
     "as in drawing n from the pool with replacement, see the same sample twice where a new draw would have had another chance: on average they come out "
     "too low. The largest score of the whole pool is the best of m, not of n, and the largest of the first n throws the rest away. With a proxy, "
     "the subset is chosen by the proxy and its winner's gold score is averaged, with the same weights.",
-    probes=lambda f: [
-        f(tensor(_POOL), 3),
-        f(normal(7, seed=1), 2),
-        f(normal(9, seed=2), 4),
-        f(normal(1100, seed=3), 550),
-    ],
+    probes=lambda f: (
+        ["right up to chance"]
+        if _by_chance(f)
+        else [
+            f(tensor(_POOL), 3),
+            f(normal(7, seed=1), 2),
+            f(normal(9, seed=2), 4),
+            f(normal(1100, seed=3), 550),
+            _number(f, tensor([1.0, 1.0, 2.0]), 3),  # more draws than different scores
+        ]
+    ),
 )
+
+
+def _mean_over_subsets(pool: Tensor, n: int) -> float:
+    return float(np.mean([max(subset) for subset in itertools.combinations(pool.tolist(), n)]))
+
+
+def _by_chance(f: Any) -> bool:
+    """Whether estimates are about right, but change with the call or, for a fixed seed, with the order of the pool."""
+    changes = False
+    for scores, n in (([0.0, 4.0, 1.0, 2.0], 2), ([3.0, 0.0, 1.0, 0.0, 1.0], 2), ([0.0, 0.0, 1.0, 0.0, 4.0], 3)):
+        pool = tensor(scores)
+        got = [_number(f, x, n) for x in (pool, pool.clone(), pool.flip(0))]
+        if not all(abs(x - _mean_over_subsets(pool, n)) < 0.4 for x in got):
+            return False
+        changes |= max(got) - min(got) > 1e-4
+    return changes
 
 
 @ub.case("n = 1 is the mean of the pool, n = m its largest score", 1, "how many subsets are there in either case?")
 def _(f: Any) -> None:
+    _expect_repeatable(f)
     for seed, m in ((10, 4), (11, 7)):
         pool = normal(m, seed=seed) + 3
         expect_close(_estimate(f, pool, 1), pool.mean(), f"estimate from {m} scores, n = 1", rtol=1e-3)
@@ -767,6 +963,7 @@ def _(f: Any) -> None:
 )
 def _(f: Any) -> None:
     """Three responses, all pools of m independent draws from the reference."""
+    _expect_repeatable(f)
     q, s = tensor([0.5, 0.3, 0.2], dtype=torch.float64), tensor([0.0, 1.0, 3.0])
     for m, n in ((3, 2), (4, 3), (4, 2)):
         pools, draws = _draws(3, m), _draws(3, n)
@@ -777,14 +974,16 @@ def _(f: Any) -> None:
 
 @ub.case("equals the mean over all subsets of n, in whatever order the pool comes", 2, "list the subsets of 4 scores")
 def _(f: Any) -> None:
+    _expect_repeatable(f)
     for pool, n in ((tensor(_POOL), 2), (tensor(_POOL).flip(0), 4), (normal(7, seed=14) - 2, 3)):
-        want = np.mean([max(subset) for subset in itertools.combinations(pool.tolist(), n)])
-        expect_close(_estimate(f, pool, n), want, f"estimate from the pool {show(pool)}, n = {n}", rtol=1e-3)
+        told = f"estimate from the pool {show(pool)}, n = {n}"
+        expect_close(_estimate(f, pool, n), _mean_over_subsets(pool, n), told, rtol=1e-3)
 
 
 @ub.case("finite for 1100 scores and n = 550", 1, "math.comb gives whole numbers of any size: divide them as they are")
 def _(f: Any) -> None:
     """The largest score is in half of the subsets, the next in a good half of the rest, and so on."""
+    _expect_repeatable(f)
     pool = normal(1100, seed=17)
     ordered, want, left = pool.double().sort(descending=True).values, 0.0, 1.0
     for j, score in enumerate(ordered[:60]):
@@ -814,6 +1013,12 @@ def _groups(pool: Tensor, n: int) -> Tensor:
 
 def _windows(pool: Tensor, n: int) -> Tensor:
     return pool.unfold(0, n, 1).max(1).values.mean()
+
+
+def _random_subsets(pool: Tensor, n: int) -> Tensor:
+    """Mean over 2000 random subsets."""
+    picked = torch.rand(2000, len(pool)).argsort(-1)[:, :n]
+    return pool[picked].max(-1).values.mean()
 
 
 def _float_binomials(i: int, m: int, n: int) -> float:
@@ -910,6 +1115,24 @@ ub.plant(
         _weighted(_float_binomials),
         "common",
     ),
+    (
+        "random-subsets",
+        "you drew subsets at random: that is right up to chance only, and the exact mean over all subsets has a formula",
+        _random_subsets,
+        "common",
+    ),
+    (
+        "set-of-scores",
+        "you put the scores in a set, or took the unique ones: samples with equal scores are different samples, and all of them count",
+        lambda pool, n: unbiased_bon(pool.unique(), n),
+        "common",
+    ),
+    (
+        "set-of-scores-total-of-the-pool",
+        "you ranked the different scores only, with the C(m, n) of the whole pool: samples with equal scores need a rank each",
+        lambda pool, n: sum(float(s) * (_comb(i, n - 1) / _comb(len(pool), n)) for i, s in enumerate(pool.unique())),
+        "common",
+    ),
 )
 
 
@@ -931,6 +1154,30 @@ def _by_logarithms(scores: Tensor, n: int) -> Tensor:
     return (scores.double().sort().values[n - 1 :] * log_weights.softmax(0)).sum()
 
 
+def _by_lgamma(scores: Tensor, n: int) -> Tensor:
+    """log C(i - 1, n - 1) - log C(m, n) in double, the sum in float32."""
+
+    def log_comb(k: int, r: int) -> float:
+        return math.lgamma(k + 1) - math.lgamma(r + 1) - math.lgamma(k - r + 1)
+
+    m = len(scores)
+    weights = [math.exp(log_comb(i - 1, n - 1) - log_comb(m, n)) for i in range(n, m + 1)]
+    return scores.float().sort().values[n - 1 :] @ tensor(weights)
+
+
+def _up_the_ranks(scores: Tensor, n: int) -> float:
+    """A loop from the n-th smallest score: from one rank to the next the weight grows by i / (i - n + 1)."""
+    ordered = sorted(scores.tolist())
+    m, total = len(ordered), Fraction(0)
+    weight = Fraction(1, math.comb(m, n))
+    for i in range(n, m + 1):
+        total += weight * Fraction(ordered[i - 1])
+        weight *= Fraction(i, i - n + 1)
+    return float(total)
+
+
+ub.right("float32, differences of lgamma", _by_lgamma)
+ub.right("a loop over the ranks, fractions", _up_the_ranks)
 ub.right("the largest, then the largest of the rest", _drop_by_drop)
 ub.right("logarithms of binomials, numpy", lambda scores, n: np.float64(_by_logarithms(scores, n)))
 
@@ -955,12 +1202,13 @@ def _proxy_world(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _path(f: Any, ref: Tensor, proxy: Tensor, betas: list[float], gold: Tensor) -> tuple[Tensor, Tensor]:
-    got = keeps_inputs(f)(ref.clone(), proxy.clone(), list(betas), gold.clone())
+    got = f(ref.clone(), proxy.clone(), list(betas), gold.clone())
     kl, expected = unpack(got, 2, "frontier_gold returns (kl, gold)")
     kl, expected = as_tensor(kl, "kl"), as_tensor(expected, "gold")
     for x, what in ((kl, "kl"), (expected, "gold")):
         expect_shape(x, (len(betas), len(ref)), what)
-        require(torch.isfinite(x).all(), f"{what}: got {show(x)}, which is not finite")
+        for row, beta in zip(x, betas, strict=True):
+            require(torch.isfinite(row).all(), f"{what} at beta {beta:g}: got {show(row)}, which is not finite")
     return kl, expected
 
 
@@ -984,21 +1232,32 @@ fg = Question(
     "under pi: positive as long as the responses that the policy still writes are ordered alike by both, and negative once the "
     "proxy's error decides among those that are left. In the limit the policy writes the proxy's favourite, at KL = -log ref "
     "of it. A rising proxy score says nothing about which of the two is happening.",
-    probes=lambda f: (
-        [
-            list(unpack(f(ref, proxy, betas, gold), 2, "probe"))
-            for seed, betas in ((1, [2.0, 0.5]), (4, [3.0, 0.3, 1.0]))
-            for ref, proxy, gold in [_proxy_world(seed)]
-        ]
-        + [list(unpack(f(*_far_world()[:2], [0.01], _far_world()[2]), 2, "probe"))]
-    ),
+    probes=lambda f: [
+        [*unpack(f(ref, proxy, given, gold), 2, "probe"), "kept" if given == list(betas) else "changed"]
+        for (ref, proxy, gold), betas in (
+            (_proxy_world(1), (2.0, 0.5)),
+            (_proxy_world(4), (3.0, 0.3, 1.0)),
+            (_far_world(), (0.01,)),
+            (_far_world(2.998), (1e-4,)),
+        )
+        for given in [list(betas)]
+    ],
 )
 
 
-def _far_world() -> tuple[Tensor, Tensor, Tensor]:
-    """The proxy prefers the first response of each prompt, the gold score another one."""
+def _far_world(second: float = 2.9) -> tuple[Tensor, Tensor, Tensor]:
+    """The proxy prefers the first response of each prompt, with the score 3, the gold score another one."""
     ref, _, gold = _proxy_world(30)
-    return ref, tensor([[3.0, 2.9, 0.0, -1.0, 2.0]] * 3), gold
+    return ref, tensor([[3.0, second, 0.0, -1.0, 2.0]] * 3), gold
+
+
+def _expect_exact(kl: Tensor, expected: Tensor, world: tuple[Tensor, ...], beta: float, tolerance: float) -> None:
+    """One row against sums over torch's own distributions, in double."""
+    ref, proxy, gold = (x.double() for x in world)
+    law, base = (torch.distributions.Categorical(logits=x) for x in (ref + proxy / beta, ref))
+    want = torch.distributions.kl_divergence(law, base)
+    expect_close(kl, want, f"kl at beta {beta:g}", rtol=tolerance, atol=tolerance / 10)
+    expect_close(expected, (law.probs * gold).sum(-1), f"gold at beta {beta:g}", rtol=tolerance, atol=tolerance / 10)
 
 
 @fg.case("a large beta leaves the reference: KL 0, its own gold score", 1, "what does exp(proxy/beta) tend to?")
@@ -1021,12 +1280,18 @@ def _(f: Any) -> None:
     expect_close((moved - start) / step, covariance, "slope of the gold score at 1/beta = 0", rtol=0.03, atol=0.02)
 
 
-@fg.case("beta = 0.01: the proxy's favourite, at KL = -log ref of it", 1, "log_softmax instead of exp")
+@fg.case(
+    "beta = 0.01 to 0.0001: at last the proxy's favourite, at KL = -log ref of it", 1, "log_softmax instead of exp"
+)
 def _(f: Any) -> None:
     ref, proxy, gold = _far_world()
     kl, expected = _path(f, ref, proxy, [0.01], gold)
     expect_close(expected[0], gold[:, 0], "gold at beta 0.01", rtol=1e-3, atol=1e-3)
     expect_close(kl[0], -ref[:, 0], "kl at beta 0.01", rtol=1e-3, atol=1e-3)
+    world, betas = _far_world(2.998), [1e-2, 1e-3, 1e-4]
+    kl, expected = _path(f, *world[:2], betas, world[2])
+    for k, beta in enumerate(betas):  # proxy/beta = 30000 has steps of 0.002 in float32
+        _expect_exact(kl[k], expected[k], world, beta, tolerance=0.02)
 
 
 @fg.case("equals sums over torch's own distributions, for three betas", 2, "three betas are three rows, in their order")
@@ -1035,10 +1300,7 @@ def _(f: Any) -> None:
         ref, proxy, gold = _proxy_world(seed)
         kl, expected = _path(f, ref, proxy, betas, gold)
         for k, beta in enumerate(betas):
-            law, base = (torch.distributions.Categorical(logits=x.double()) for x in (ref + proxy / beta, ref))
-            want = torch.distributions.kl_divergence(law, base)
-            expect_close(kl[k], want, f"kl at beta {beta:g}", rtol=1e-3, atol=1e-4)
-            expect_close(expected[k], (law.probs * gold).sum(-1), f"gold at beta {beta:g}", rtol=1e-3, atol=1e-4)
+            _expect_exact(kl[k], expected[k], (ref, proxy, gold), beta, tolerance=1e-3)
 
 
 _Rule = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -1061,6 +1323,22 @@ def _path_with(
 def _exp_by_hand(ref: Tensor, r: Tensor, beta: float, g: Tensor) -> Tensor:
     weights = ref.exp() * (r / beta).exp()
     return (weights / weights.sum(-1, keepdim=True)).log()
+
+
+def _in_double(f: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda ref, r, betas, g: f(ref.double(), r.double(), betas, g.double())
+
+
+_log_of_softmax = _path_with(policy=lambda ref, r, beta, g: (ref + r / beta).softmax(-1).log())
+
+
+def _at_least(floor: float) -> Callable[..., Any]:
+    return lambda ref, r, betas, g: frontier_gold(ref, r, [max(beta, floor) for beta in betas], g)
+
+
+def _sorted_in_place(ref: Tensor, r: Tensor, betas: list[float], g: Tensor) -> Any:
+    betas.sort()
+    return frontier_gold(ref, r, betas, g)
 
 
 fg.plant(
@@ -1125,6 +1403,36 @@ fg.plant(
         "common",
     ),
     (
+        "overflow-in-float64",
+        "exp(proxy/beta) overflows in float64, too, where proxy/beta is above 709: use log_softmax",
+        _in_double(_path_with(policy=_exp_by_hand)),
+        "common",
+    ),
+    (
+        "0-log-0",
+        "a small probability rounds to 0, its logarithm is -inf, and 0 * (-inf) is nan: take log_softmax, not the log of softmax",
+        _log_of_softmax,
+        "common",
+    ),
+    (
+        "0-log-0-in-float64",
+        "float64 only delays it: at a still smaller beta a probability rounds to 0, and 0 * (-inf) is nan; take log_softmax",
+        _in_double(_log_of_softmax),
+        "common",
+    ),
+    (
+        "beta-at-least-0.01",
+        "you raised every beta below 0.01 to 0.01: that stays finite, but it is the policy of another beta",
+        _at_least(1e-2),
+        "common",
+    ),
+    (
+        "beta-at-least-0.001",
+        "you raised every beta below 0.001 to 0.001, which changes the policy; with log_softmax no bound is needed",
+        _at_least(1e-3),
+        "common",
+    ),
+    (
         "other-direction",
         "this is KL(ref || pi); the policy writes the responses",
         _path_with(kl=lambda lp, ref, r, g, beta: (ref.exp() * (ref - lp)).sum(-1)),
@@ -1185,6 +1493,12 @@ fg.plant(
         "common",
     ),
     (
+        "sorted-in-place",
+        "betas.sort() changes the list that you were given, and with it the order of the rows: leave it as it is",
+        _sorted_in_place,
+        "common",
+    ),
+    (
         "transposed",
         "the first axis is beta, the second the prompt",
         lambda ref, r, betas, g: tuple(x.T for x in frontier_gold(ref, r, betas, g)),
@@ -1216,6 +1530,30 @@ def _path_by_numpy(ref: Tensor, r: Tensor, betas: Sequence[float], g: Tensor) ->
     return [kl, means]
 
 
+def _path_by_logsumexp(ref: Tensor, r: Tensor, betas: Sequence[float], g: Tensor) -> Any:
+    """Logits minus their logsumexp, all in float32."""
+    logits = ref.float() + r.float() / tensor(betas, dtype=torch.float32)[:, None, None]
+    lp = logits - logits.logsumexp(-1, keepdim=True)
+    return (lp.exp() * (lp - ref)).sum(-1), (lp.exp() * g).sum(-1)
+
+
+def _path_by_loops(ref: Tensor, r: Tensor, betas: Sequence[float], g: Tensor) -> Any:
+    """The largest score is subtracted before exp, and responses of probability 0 are left out of the divergence."""
+    kl, gold = [], []
+    for beta in betas:
+        rows = []
+        for lq, scores, judged in zip(ref.tolist(), r.tolist(), g.tolist(), strict=True):
+            weights = [math.exp(x + (s - max(scores)) / beta) for x, s in zip(lq, scores, strict=True)]
+            p = [w / sum(weights) for w in weights]
+            divergence = sum(x * (math.log(x) - y) for x, y in zip(p, lq, strict=True) if x > 0)
+            rows.append((divergence, sum(x * y for x, y in zip(p, judged, strict=True))))
+        kl.append([row[0] for row in rows])
+        gold.append([row[1] for row in rows])
+    return kl, gold
+
+
+fg.right("float32, logits minus logsumexp", _path_by_logsumexp)
+fg.right("loops, the largest score subtracted", _path_by_loops)
 fg.right("all betas at once, float64", _path_at_once)
 fg.right("KL = E[proxy]/beta - log Z, numpy, lists", _path_by_numpy)
 
@@ -1468,6 +1806,15 @@ _PRICES = [10 * 0.8**k for k in range(42)]
 _FAR = 0.001
 
 
+def _told_apart(got: float, want: float) -> tuple[str, str]:
+    """Both numbers with four digits, or with as many as it takes until they look different."""
+    for digits in range(4, 17):
+        texts = f"{got:.{digits}g}", f"{want:.{digits}g}"
+        if texts[0] != texts[1]:
+            break
+    return texts
+
+
 def _accept_world(answer: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(ref, gold, lengths), three to twenty responses; Fail if that is no world."""
     parts = unpack(answer, 3, "your answer is (ref, gold, lengths)")
@@ -1564,7 +1911,8 @@ lh = Question(
 @lh.case("drawn from the reference, 3 of 4 pairs are ordered as gold orders them", 1, "which pairs are frequent?")
 def _(world: Any) -> None:
     agreement = _curves(world)[0]
-    require(agreement >= 0.75, f"agreement of proxy and gold: got {agreement:.3f}, expected at least 0.75")
+    got, least = _told_apart(agreement, 0.75)
+    require(agreement >= 0.75, f"agreement of proxy and gold: got {got}, expected at least {least}")
 
 
 @lh.case(
@@ -1573,22 +1921,25 @@ def _(world: Any) -> None:
 def _(world: Any) -> None:
     _, start, best, path, _ = _curves(world)
     for curve, name in ((best, "best-of-n, n = 1 to 1024"), (path, "the KL-optimal path, beta = 10 to 0.001")):
+        got, least = _told_apart(max(curve) - start, 0.05)
         told = f"gold score of {name}: starts at {start:.3f}, highest {max(curve):.3f}"
-        require(max(curve) >= start + 0.05, f"{told}, expected a rise of at least 0.05")
+        require(max(curve) >= start + 0.05, f"{told}: a change of {got}, expected {least} or more")
 
 
 @lh.case("best of 1024 has a gold score 0.05 or more below one draw", 1, "its favourite must turn up among 1024 draws")
 def _(world: Any) -> None:
     _, start, best, _, _ = _curves(world)
     told = f"gold score of one draw {start:.3f}, of the best of 1024 {best[-1]:.3f}"
-    require(best[-1] <= start - 0.05, f"{told}, expected a fall of at least 0.05")
+    got, most = _told_apart(best[-1] - start, -0.05)
+    require(best[-1] <= start - 0.05, f"{told}: a change of {got}, expected {most} or less")
 
 
 @lh.case("the KL-optimal path ends 0.05 or more below the reference", 1, "what does the proxy like best?")
 def _(world: Any) -> None:
     _, start, _, _, end = _curves(world)
     told = f"gold score of the reference {start:.3f}, of the optimum at beta = {_FAR:g} {end:.3f}"
-    require(end <= start - 0.05, f"{told}, expected a fall of at least 0.05")
+    got, most = _told_apart(end - start, -0.05)
+    require(end <= start - 0.05, f"{told}: a change of {got}, expected {most} or less")
 
 
 lh.plant(
