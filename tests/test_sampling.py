@@ -459,8 +459,10 @@ def test_values_alone_are_those_beside_the_logits(response_values=response_value
         weights = normal(3, 3)
         for a, b in zip(*(torch.autograd.grad((weights * x).sum(), parameters) for x in (alone, beside)), strict=True):
             close(a, b)
-        with replaced(type(policy), unembed=None):
+        calls = []
+        with replaced(type(policy), unembed=lambda model, hidden: calls.append(hidden) or hidden):
             response_values(value, prompts, tokens)
+        assert not calls
     assert response_values(copy.deepcopy(value).to(torch.bfloat16), prompts, tokens).dtype == torch.float32
 
 
