@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -237,6 +237,38 @@ def same(a: Any, b: Any, tolerance: float = 1e-4) -> bool:
     except Fail:
         return False
     return x.shape == y.shape and torch.allclose(x, y, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def copies(given: Sequence[Any]) -> list[Any]:
+    """The same inputs, which a learner's function may spoil."""
+    return [x.clone() if isinstance(x, Tensor) else x for x in given]
+
+
+def outcome(want: Any, f: Any, *args: Any, rtol: float = 1e-3, atol: float = 1e-5, **options: Any) -> str:
+    """For probes, what an answer makes of an unusual input: "right", "wrong", "not finite" or "an error"."""
+    try:
+        x, y = as_tensor(f(*copies(args), **options), "probe"), torch.as_tensor(want).double()
+    except Exception:
+        return "an error"
+    if not torch.isfinite(x).all():
+        return "not finite"
+    return "right" if x.shape == y.shape and torch.allclose(x, y, rtol=rtol, atol=atol) else "wrong"
+
+
+def in_two_steps(
+    ordinary: Callable[[Any], Any], unusual: Callable[[Any], Any], reference: Any
+) -> Callable[[Any], list[Any]]:
+    """Probes that try unusual inputs only on an answer that is right on ordinary ones.
+
+    So a mistake in the formula is recognised however its numbers overflow, and one of precision or range by where it
+    goes wrong, whatever number it gives there.
+    """
+
+    def probe(f: Any) -> list[Any]:
+        found = ordinary(f)
+        return [found, unusual(f)] if same(found, ordinary(reference)) else [found]
+
+    return probe
 
 
 def source(function: Callable[..., Any]) -> str:

@@ -13,14 +13,17 @@ from torch import Tensor, tensor
 
 from rlhfkit.homework.comparisons import (
     as_tensor,
+    copies,
     describe,
     expect_close,
     expect_shape,
     gradient,
     gradient_or_none,
+    in_two_steps,
     lines,
     normal,
     numbers,
+    outcome,
     require,
     source,
 )
@@ -139,18 +142,23 @@ def unembedding_gradient(weight, hidden, token):  # type: ignore[no-untyped-def]
     return torch.outer(error, hidden)
 
 
-_BIG = (tensor([[3.0, 1.0], [2.0, 0.0], [-1.0, 1.0]]), tensor([300.0, 0.0]), 1)  # logits (900, 600, -300)
+_BIG = (tensor([[3.0, 1.0], [2.0, 0.0], [-1.0, 1.0]]), tensor([300.0, 0.0]))  # logits (900, 600, -300)
+_BIG_GRADIENTS = {1: tensor([[-300.0, 0.0], [300.0, 0.0], [0.0, 0.0]]), 2: tensor([[-300.0, 0], [0, 0], [300.0, 0]])}
 
 
 def _unembed_probe(f: Any) -> list[Any]:
-    weight, hidden, token = _BIG
     kept = normal(4, 3, seed=1)
     return [
         f(kept, normal(3, seed=2), 2),
         float(kept.requires_grad),
         f(normal(3, 3, seed=3), tensor([0.2, -1.0, 0.4]), 0),
-        f(weight.clone(), hidden.clone(), token),
     ]
+
+
+def _unembed_unusual(f: Any) -> list[str]:
+    words = [outcome(want, f, *_BIG, token) for token, want in _BIG_GRADIENTS.items()]
+    apart = tensor([[-200.0], [200.0]])  # logits (0, -200) up to a shift, without overflow
+    return [*words, outcome(apart, f, tensor([[0.0], [-1.0]]), tensor([200.0]), 1)]
 
 
 ug = Question(
@@ -170,7 +178,7 @@ ug = Question(
     explanation="log pi(y) = s_y - log sum exp s with s = W h. Its gradient in s is 1_y - p, and d s_v / d W_vc = h_c, "
     "so the gradient in W is (1_y - p) h^T. It is ascended. p - 1_y belongs to the loss -log pi(y), which is descended: "
     "going up along it lowers log pi(y).",
-    probes=_unembed_probe,
+    probes=in_two_steps(_unembed_probe, _unembed_unusual, unembedding_gradient),
 )
 
 
@@ -201,13 +209,18 @@ def _(f: Any) -> None:
         weight, hidden = normal(4, 3, seed=6).requires_grad_(), normal(3, seed=7)
         (want,) = torch.autograd.grad((weight @ hidden).log_softmax(0)[token], weight)
         expect_close(f(weight.detach().clone(), hidden.clone(), token), want, f"gradient for token {token}")
-    weight, hidden, token = _BIG
-    want = tensor([[-300.0, 0.0], [300.0, 0.0], [0.0, 0.0]])
-    expect_close(f(weight.clone(), hidden.clone(), token), want, "gradient for token 1 at logits (900, 600, -300)")
+    for token, want in _BIG_GRADIENTS.items():
+        got = f(*copies(_BIG), token)
+        expect_close(got, want, f"gradient for token {token} at logits (900, 600, -300)")
 
 
 def _error(weight: Tensor, hidden: Tensor, token: int) -> Tensor:
     return torch.eye(len(weight))[token] - (weight @ hidden).softmax(0)
+
+
+def _by_log_of_softmax(weight: Tensor, hidden: Tensor, token: int) -> Tensor:
+    w = weight.detach().clone().requires_grad_()
+    return torch.autograd.grad((w @ hidden).softmax(0)[token].log(), w)[0]
 
 
 def _own_slopes(weight: Tensor, hidden: Tensor, token: int) -> Tensor:
@@ -288,6 +301,18 @@ ug.plant(
         _own_slopes,
         "common",
     ),
+    (
+        "log-of-softmax",
+        "the gradient of log(softmax) is nan where a probability underflows: use log_softmax, or 1_y - p",
+        lambda w, h, y: _by_log_of_softmax(w, h, y),
+        "common",
+    ),
+    (
+        "log-of-softmax-in-float64",
+        "float64 only moves the underflow of log(softmax) further out: use log_softmax, or 1_y - p",
+        lambda w, h, y: _by_log_of_softmax(w.double(), h.double(), y),
+        "common",
+    ),
 )
 
 
@@ -332,11 +357,18 @@ def _sequence_probe(f: Any) -> list[Any]:
         logits = normal(*tokens.shape, 4, seed=seed).requires_grad_()
         value = f(logits, tokens.clone(), mask.clone())
         out += [value, gradient_or_none(value, logits)]
-    return [*out, f(*_LONG), f(*_UNLIKELY)]
+    return out
+
+
+def _sequence_unusual(f: Any) -> list[Any]:
+    unlikely = outcome(tensor([-900.0]), f, *_UNLIKELY) == "not finite"  # a clamp is known by the next one
+    return [outcome(_LONG_ANSWER, f, *_LONG), float(unlikely), outcome(tensor([-3000 - math.log(2)]), f, *_FAR)]
 
 
 _LONG = (torch.zeros(1, 121, 2000), torch.full((1, 121), 7), tensor([[False] + [True] * 120]))
+_LONG_ANSWER = tensor([-120 * math.log(2000)])
 _UNLIKELY = (tensor([[[0.0, -900.0]] * 3]), tensor([[0, 1, 0]]), tensor([[False, True, True]]))
+_FAR = (tensor([[[-2000.0, -5000.0], [4000.0, 4000.0], [0.0, 0.0]]]), *_UNLIKELY[1:])
 
 sl = Question(
     id="sequence_logprob",
@@ -357,7 +389,7 @@ sl = Question(
     "response_mask[:, 1:]. The chain rule of probability multiplies the conditional probabilities, so the logarithms "
     "are summed, not averaged. The prompt is given, so its tokens do not count; the end-of-sequence token was chosen by "
     "the policy, so it does; padding was chosen by nobody.",
-    probes=_sequence_probe,
+    probes=in_two_steps(_sequence_probe, _sequence_unusual, sequence_logprob),
 )
 
 
@@ -386,9 +418,10 @@ def _(f: Any) -> None:
     table = tensor([[[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]]).log()
     got = f(table, tensor([[2, 0, 1]]), tensor([[False, True, True]]))
     expect_close(got, tensor([math.log(0.5 * 0.8)]), "log-probability of the response (0, 1) to the prompt (2)")
-    want = tensor([-120 * math.log(2000)])
-    expect_close(f(*_LONG), want, "a response of 120 tokens, each with probability 1/2000")
-    expect_close(f(*_UNLIKELY), tensor([-900.0]), "logits (0, -900), response (1, 0)")
+    expect_close(f(*copies(_LONG)), _LONG_ANSWER, "a response of 120 tokens, each with probability 1/2000")
+    expect_close(f(*copies(_UNLIKELY)), tensor([-900.0]), "logits (0, -900), response (1, 0)")
+    want = tensor([-3000 - math.log(2)])
+    expect_close(f(*copies(_FAR)), want, "logits (-2000, -5000), then (4000, 4000), response (1, 0)")
 
 
 @sl.case("the probabilities of all responses sum to 1", 2, "a product of conditional probabilities; the end counts too")
@@ -462,6 +495,11 @@ def _sequence_product(logits: Tensor, tokens: Tensor, response_mask: Tensor) -> 
     return sequence_logprob(logits, tokens, response_mask).exp()  # type: ignore[no-any-return]
 
 
+def _minus_one_maximum(logits: Tensor) -> Tensor:
+    x = logits - logits.max().detach()
+    return x - x.exp().sum(-1, keepdim=True).log()
+
+
 def _probabilities_taken(logits: Tensor, tokens: Tensor, response_mask: Tensor, dim: int = -1) -> Tensor:
     taken = logits[:, :-1].softmax(dim).gather(-1, tokens[:, 1:, None]).squeeze(-1)
     return torch.where(response_mask[:, 1:], taken, torch.ones_like(taken))
@@ -522,6 +560,18 @@ sl.plant(
         lambda x, y, m: _probabilities_taken(x, y, m, dim=1).log().sum(1),
         "common",
     ),
+    (
+        "one-maximum-for-all",
+        "you subtracted one maximum from all logits: a position far below it gives log(0); use log_softmax",
+        lambda x, y, m: _sequence(norm=False)(_minus_one_maximum(x), y, m),
+        "common",
+    ),
+    (
+        "clipped",
+        "a clamp, or a small number inside the log, cuts off log-probabilities: they may be any number below 0",
+        lambda x, y, m: _sequence(norm=False)(x.log_softmax(-1).clamp(min=-1000), y, m),
+        "common",
+    ),
     ("loss", "the sign is reversed: this is the loss, -log pi(y | x)", lambda *x: -sequence_logprob(*x), "common"),
     (
         "one-number",
@@ -563,6 +613,27 @@ def entropy_at(logits, temperature):  # type: ignore[no-untyped-def]
 
 
 _L = [2.0, 1.0, 0.0, -1.0]
+_TIED, _COLD = [40.0, 40.0, 0.0], [0.0, -1e-4, -5e-4]
+_COLD_ENTROPY = torch.distributions.Categorical(logits=tensor([0.0, -1.0, -5.0]).double()).entropy()
+
+
+def _entropy_probe(f: Any) -> list[Any]:
+    return [
+        f(tensor(_L), 0.5),
+        f(normal(5, seed=1), 1.0),
+        f(normal(5, seed=1), 3.0),
+        f(tensor([40.0, 0.0]), 0.01),
+        f(tensor([0.0, -2.0]), 0.01),
+    ]
+
+
+def _entropy_unusual(f: Any) -> list[str]:
+    return [
+        outcome(math.log(2), f, tensor(_TIED), 0.01),
+        outcome(_COLD_ENTROPY, f, tensor(_COLD), 1e-4),
+        outcome(math.log(2000), f, normal(2000, seed=4), 1e4),
+    ]
+
 
 se = Question(
     id="sampling_entropy",
@@ -582,13 +653,7 @@ se = Question(
     explanation="Sampling at temperature T draws from softmax(logits / T). For logits (2, 1, 0, -1) the entropy is "
     "0.455 at T = 0.5, 0.948 at T = 1 and 1.245 at T = 2, and it tends to log 4 = 1.386 as T grows. T = 1 is the model "
     "itself: how random that is depends on the model. log_softmax keeps large logits / T finite.",
-    probes=lambda f: [
-        f(tensor(_L), 0.5),
-        f(normal(5, seed=1), 1.0),
-        f(normal(5, seed=1), 3.0),
-        f(tensor([40.0, 0.0]), 0.01),
-        f(tensor([0.0, -2.0]), 0.01),
-    ],
+    probes=in_two_steps(_entropy_probe, _entropy_unusual, entropy_at),
 )
 
 
@@ -611,7 +676,11 @@ def _(f: Any) -> None:
 @se.case("the limits: 0 at low temperature, log V at high, finite on the way", 1, "use log_softmax")
 def _(f: Any) -> None:
     expect_close(f(tensor([40.0, 10.0, 0.0]), 0.01), 0.0, "entropy at temperature 0.01, logits (40, 10, 0)")
+    expect_close(f(tensor(_TIED), 0.01), math.log(2), "entropy at temperature 0.01, logits (40, 40, 0)", atol=6e-4)
+    got = f(tensor(_COLD), 1e-4)
+    expect_close(got, _COLD_ENTROPY, "entropy at temperature 0.0001, logits (0, -0.0001, -0.0005)", atol=6e-4)
     expect_close(f(tensor(_L), 1e4), math.log(4), "entropy at temperature 10000", rtol=2e-3)
+    expect_close(f(normal(2000, seed=4), 1e4), math.log(2000), "entropy of 2000 tokens at temperature 10000", rtol=2e-3)
 
 
 def _h(p: Tensor) -> Tensor:
@@ -625,6 +694,15 @@ def _powers(logits: Tensor, t: float) -> Tensor:
 
 def _drawn_but_model(logits: Tensor, t: float) -> Tensor:
     return -((logits / t).softmax(0) * logits.log_softmax(0)).sum()
+
+
+def _h_without_nan(weights: Tensor) -> Tensor:
+    p = weights / weights.sum()
+    return -(p * p.log()).nansum()
+
+
+def _h_of_likely(p: Tensor) -> Tensor:
+    return _h(p[p > 1e-3])
 
 
 def _overflowing(logits: Tensor, t: float) -> Tensor:
@@ -692,6 +770,30 @@ se.plant(
         _overflowing,
         "common",
     ),
+    (
+        "overflow-hidden",
+        "nansum leaves out the tokens whose exp(logits / T) overflows, the most likely ones: use log_softmax",
+        lambda x, t: _h_without_nan((x / t).exp()),
+        "common",
+    ),
+    (
+        "temperature-kept-up",
+        "you kept the temperature above a least value: every positive temperature is allowed",
+        lambda x, t: entropy_at(x, max(t, 0.001)),
+        "common",
+    ),
+    (
+        "greedy-when-cold",
+        "a low temperature is not greedy decoding: tokens with nearly equal logits stay nearly equally likely",
+        lambda x, t: 0.0 if t < 0.05 else entropy_at(x, t),
+        "common",
+    ),
+    (
+        "tail-dropped",
+        "you left out the unlikely tokens: many of them together make up much of the entropy",
+        lambda x, t: _h_of_likely((x / t).softmax(0)),
+        "common",
+    ),
 )
 se.right("torch.distributions", lambda x, t: torch.distributions.Categorical(logits=x.double() / t).entropy())
 se.right(
@@ -718,6 +820,14 @@ def _excess_probe(f: Any) -> list[Any]:
     return [*out, certain.isnan().double()]  # a guard such as 1e-8 changes no diagnosis
 
 
+_NEVER = (tensor([0.0, 1.0, 0.0]), tensor([0.5, 0.3, 0.2]).log())
+_NEXT_TO_NEVER = (tensor([0.0, 1.0, 0.0]), tensor([0.0, -80.0, 0.0]))  # pi(y) is 1e-35, no underflow
+
+
+def _excess_unusual(f: Any) -> list[str]:
+    return [outcome(-math.log(0.3), f, *_NEVER), outcome(80 + math.log(2), f, *_NEXT_TO_NEVER)]
+
+
 mk = Question(
     id="mle_kl",
     title="which divergence maximum likelihood minimises",
@@ -737,7 +847,7 @@ mk = Question(
     "imitation minimises KL(teacher, pi), which punishes a policy that gives little probability to what the teacher "
     "does. Its gradient in the logits is pi - teacher, minus E_teacher[grad log pi]. KL(pi, teacher) is another number "
     "with another gradient: that is the direction of the penalty in reinforcement learning.",
-    probes=_excess_probe,
+    probes=in_two_steps(_excess_probe, _excess_unusual, excess_nll),
 )
 
 
@@ -771,10 +881,12 @@ def _(f: Any) -> None:
     expect_close(got, logits.detach().softmax(0) - teacher, "gradient in the logits")
 
 
-@mk.case("finite where the teacher never gives a response", 1, "0 log 0 = 0")
+@mk.case("finite where the teacher never gives a response", 1, "0 log 0 = 0; log pi(y) may be any number below 0")
 def _(f: Any) -> None:
-    got = f(tensor([0.0, 1.0, 0.0]), tensor([0.5, 0.3, 0.2]).log())
+    got = f(*copies(_NEVER))
     expect_close(got, -math.log(0.3), "a teacher that always gives the second response")
+    got = f(*copies(_NEXT_TO_NEVER))
+    expect_close(got, 80 + math.log(2), "the same teacher, logits (0, -80, 0)")
 
 
 def _reverse(q: Tensor, x: Tensor) -> Tensor:
@@ -866,6 +978,18 @@ mk.plant(
         lambda q, x: _forward_kl(q, x.detach()),
         "common",
     ),
+    (
+        "teachers-responses-only",
+        "the softmax ran over the teacher's responses only: the policy gives the others probability too",
+        lambda q, x: _forward_kl(q[q > 0], x[q > 0]),
+        "common",
+    ),
+    (
+        "log-pi-capped",
+        "you capped log pi, with a clamp or a small number inside the log: an unlikely response costs more than that",
+        lambda q, x: (torch.special.xlogy(q, q) - q * (x.softmax(0) + 1e-12).log()).sum(),
+        "common",
+    ),
 )
 mk.right("kl_div", lambda q, x: torch.nn.functional.kl_div(x.log_softmax(0), q, reduction="sum"))
 
@@ -875,7 +999,14 @@ def _excess_by_loop(teacher: Tensor, logits: Tensor) -> Any:
     return sum(q * (q.log() - logprobs[y]) for y, q in enumerate(teacher.double()) if q > 0)
 
 
+def _excess_by_distributions(teacher: Tensor, logits: Tensor) -> Tensor:
+    pi = torch.distributions.Categorical(logits=logits)
+    return torch.distributions.kl_divergence(torch.distributions.Categorical(teacher), pi)
+
+
 mk.right("a loop, float64", _excess_by_loop)
+mk.right("torch.distributions", _excess_by_distributions)
+mk.right("log of softmax", lambda q, x: (torch.special.xlogy(q, q) - q * x.softmax(0).log()).sum())
 
 
 # -- one formula, four ways to learn ---------------------------------------------------------------------
@@ -1077,19 +1208,23 @@ def _cut_probe(f: Any) -> list[Any]:
         (sharp, {"temperature": 0.5, "top_p": 0.5}),
         (sharp, {"top_k": 2, "top_p": 0.55}),
         (_LOW, {"top_k": 2}),
-        (_STEEP, {"top_p": 1.0}),
+        (x, {"top_k": 1, "top_p": 0.9}),
+        (_HIGH, {"temperature": 0.5, "top_p": 0.9}),
     ]
     out: list[Any] = []
     for logits, options in calls:
         result = as_tensor(f(logits.clone(), **options), "logits")
         out += [_drawn(result, tuple(logits.shape)), (result == -torch.inf).double()]
+    for options in ({"top_p": 1.0}, {}):
+        out.append(float((as_tensor(f(_STEEP.clone(), **options), "logits") == -torch.inf).any()))
     try:
         return [*out, _drawn(f(x.clone(), top_k=9), (2, 6))]
     except Exception:
         return [*out, "raised"]
 
 
-_LOW, _STEEP = tensor([[-150.0, -151.0, -152.0]]), tensor([[0.0, -5.0, -20.0, -40.0]])
+_LOW, _STEEP = tensor([[-150.0, -151.0, -152.0]]), tensor([[0.0, -5.0, -20.0, -120.0]])
+_HIGH = tensor([[1999.75, 0.0, 2000.0, 1999.0]])
 
 
 tp = Question(
@@ -1155,7 +1290,7 @@ def _(f: Any) -> None:
     result = as_tensor(f(_STEEP.clone(), top_p=1.0), "logits")
     expect_shape(result, (1, 4), "logits")
     removed = int((result == -torch.inf).sum())
-    require(not removed, f"from the logits (0, -5, -20, -40), top_p 1: {removed} of 4 tokens removed, expected none")
+    require(not removed, f"from the logits (0, -5, -20, -120), top_p 1: {removed} of 4 tokens removed, expected none")
 
 
 @tp.case("in this order: temperature, top-k, top-p", 2, "top-p looks at what the steps before have left")
@@ -1170,6 +1305,9 @@ def _(f: Any) -> None:
     want = tensor([[16 / 29, 9 / 29, 4 / 29, 0.0]])
     result = f(logits.clone(), temperature=0.5, top_k=3, top_p=0.9)
     expect_close(_drawn(result, (1, 4)), want, "the same, temperature .5, top_k 3, top_p .9")
+    want = tensor([[-0.5, -torch.inf, 0.0, -torch.inf]]).softmax(-1)
+    result = f(_HIGH.clone(), temperature=0.5, top_p=0.9)
+    _expect_cut(result, want, "from the logits (1999.75, 0, 2000, 1999), temperature .5, top_p .9")
 
 
 def _cut(
@@ -1187,12 +1325,13 @@ def _cut(
     removed: float = -torch.inf,
     least: bool = False,
     first_row: bool = False,
+    by_hand: bool = False,
 ) -> Callable[..., Tensor]:
     def nucleus(logits: Tensor, top_p: float) -> Tensor:
         kept, tokens = logits.sort(descending=not ascending)
         if unsorted:
             kept, tokens = logits, torch.arange(logits.shape[-1]).expand_as(logits)
-        probs = kept.softmax(-1)
+        probs = kept.exp() / kept.exp().sum(-1, keepdim=True) if by_hand else kept.softmax(-1)
         drop = probs.cumsum(-1) > top_p if crossing in ("out", "all-out") else probs.cumsum(-1) - probs >= top_p
         if crossing == "out":
             drop[:, 0] &= (~drop).any(-1)  # something must stay
@@ -1247,6 +1386,12 @@ def _cut_probabilities(
     return truncate_logits(logits, temperature, top_k, top_p).softmax(-1)  # type: ignore[no-any-return]
 
 
+def _cut_k_lost(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    return truncate_logits(logits, temperature, None if top_p else top_k, top_p)  # type: ignore[no-any-return]
+
+
 for _name, _says, _answer in [
     ("multiplied", "the logits are divided by the temperature, not multiplied", _cut(divide=False)),
     ("temperature-last", "the temperature comes first: it changes what top-p keeps", _cut(late=True)),
@@ -1297,6 +1442,17 @@ for _name, _says, _answer in [
         _cut(guard=False),
     ),
     ("probabilities", "these are probabilities: the result must be logits, softmax comes later", _cut_probabilities),
+    ("top-k-lost", "top_k is ignored as soon as top_p is given: both apply, top-k first", _cut_k_lost),
+    (
+        "softmax-by-hand",
+        "exp(logits) overflows, for instance after division by a low temperature: use softmax",
+        _cut(by_hand=True),
+    ),
+    (
+        "log-of-probabilities",
+        "log(softmax) turns a token that stays into -inf once its probability underflows: keep its logit",
+        lambda *args, **options: _cut_probabilities(*args, **options).log(),
+    ),
 ]:
     tp.wrong(_name, _says, _answer)
 
@@ -1306,14 +1462,14 @@ def _cut_by_hand(
 ) -> list[list[float]]:
     table = []
     for row in logits.tolist():
-        weights = {v: math.exp(x / temperature) for v, x in enumerate(row)}
+        weights = {v: math.exp((x - max(row)) / temperature) for v, x in enumerate(row)}
         ranked = sorted(weights, key=lambda v: -weights[v])[: top_k or len(weights)]
         total, held, kept = sum(weights[v] for v in ranked), 0.0, set()
         for v in ranked:
             if top_p in (None, 1) or held < top_p * total:
                 kept.add(v)
                 held += weights[v]
-        table.append([math.log(weights[v]) if v in kept else -math.inf for v in weights])
+        table.append([x / temperature if v in kept else -math.inf for v, x in enumerate(row)])
     return table
 
 
@@ -1331,8 +1487,22 @@ def _cut_as_warper(
     return x
 
 
+def _cut_by_ranks(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    x, out = logits / temperature, torch.full_like(logits, -torch.inf)
+    for b, row in enumerate(x):
+        tokens = row.argsort(descending=True)[:top_k]
+        if top_p is not None and top_p < 1:
+            weights = (row[tokens] - row[tokens[0]]).exp()
+            tokens = tokens[: int((weights.cumsum(0) < top_p * weights.sum()).sum()) + 1]
+        out[b, tokens] = row[tokens]
+    return out
+
+
 tp.right("python lists", _cut_by_hand)
 tp.right("from the least likely up, float64", _cut_as_warper)
+tp.right("ranks and a shifted softmax", _cut_by_ranks)
 tp.right(
     "log-probabilities",
     lambda x, temperature=1.0, top_k=None, top_p=None: truncate_logits(x, temperature, top_k, top_p).log_softmax(-1),

@@ -17,9 +17,11 @@ from rlhfkit.homework.comparisons import (
     expect_shape,
     gradient,
     gradient_or_none,
+    in_two_steps,
     lines,
     normal,
     numbers,
+    outcome,
     require,
     source,
     unpack,
@@ -96,6 +98,10 @@ def _extra_pi(logits: Tensor, scores: Tensor) -> Tensor:
     return p * (p * scores - (p * p * scores).sum(-1, keepdim=True)) / len(logits)
 
 
+def _mean_score(logits: Tensor, scores: Tensor) -> Tensor:
+    return (logits.softmax(-1) * scores).sum(-1).mean()
+
+
 def _whole_table(logits: Tensor, scores: Tensor) -> Tensor:
     p = logits.flatten().softmax(0).reshape(logits.shape)
     return p * (scores - (p * scores).sum())
@@ -138,6 +144,11 @@ pg.wrong(
     "plain-mean",
     "you subtracted the plain mean of the scores; the policy's own mean belongs there",
     lambda logits, scores: logits.softmax(-1) * (scores - scores.mean(-1, keepdim=True)) / len(logits),
+)
+pg.wrong(
+    "one-value-for-all-prompts",
+    "you subtracted one expected score from all prompts; every prompt has its own",
+    lambda logits, scores: logits.softmax(-1) * (scores - _mean_score(logits, scores)) / len(logits),
 )
 pg.wrong(
     "mean-over-responses",
@@ -183,6 +194,8 @@ def score_matrix(logits):  # type: ignore[no-untyped-def]
     return torch.eye(len(logits)) - logits.softmax(0)
 
 
+_WIDE = [30.0, 29.0, -30.0]
+
 sz = Question(
     id="score_zero",
     title="the score function, whose expectation is 0",
@@ -200,7 +213,7 @@ sz = Question(
     explanation="d log pi(y) / d logits = 1_y - pi. The mean is pi - pi = 0: probabilities sum to 1 whatever the "
     "logits are, so sum_y grad pi(y) = 0, and grad pi = pi grad log pi. If every response scores 1, J is "
     "the constant 1, so its gradient, E[grad log pi], is 0.",
-    probes=lambda f: [f(tensor([0.3, -1.0, 0.8])), f(normal(4, seed=3))],
+    probes=lambda f: [f(tensor([0.3, -1.0, 0.8])), f(normal(4, seed=3)), f(tensor(_WIDE))],
 )
 
 
@@ -228,9 +241,9 @@ def _(f: Any) -> None:
 
 @sz.case("equals autograd, row by row", 3, "row y is the gradient of log pi(y)")
 def _(f: Any) -> None:
-    logits = normal(4, seed=6)
-    want = torch.autograd.functional.jacobian(lambda x: x.log_softmax(0), logits)
-    expect_close(f(logits.clone()), want, "your table")
+    for logits, where in ((normal(4, seed=6), ""), (tensor(_WIDE), " at logits (30, 29, -30)")):
+        want = torch.autograd.functional.jacobian(lambda x: x.log_softmax(0), logits)
+        expect_close(f(logits.clone()), want, f"your table{where}")
 
 
 def _jacobian_of_pi(logits: Tensor) -> Tensor:
@@ -259,6 +272,11 @@ sz.wrong(
     "zero-itself",
     "the expectation of the score function is 0, its value for one response is not",
     lambda x: torch.zeros(len(x), len(x)),
+)
+sz.wrong(
+    "guard-in-the-log",
+    "a small number beside pi(y), inside the log or in a denominator, spoils the rows of unlikely responses",
+    lambda x: torch.autograd.functional.jacobian(lambda z: (z.softmax(0) + 1e-8).log(), x),
 )
 sz.right("jacobian", lambda x: torch.autograd.functional.jacobian(lambda z: z.double().log_softmax(0), x))
 sz.right("numpy", lambda x: np.eye(len(x)) - np.exp(x.numpy()) / np.exp(x.numpy()).sum())
@@ -410,6 +428,18 @@ def _to_go_probe(f: Any) -> list[Any]:
     return [f(tensor(_R)), f(tensor(_R), gamma=0.5), f(rewards, mask=tensor(_M), gamma=0.8), rewards]
 
 
+_ENDLESS = (1 - 0.01 ** torch.arange(200.0, 0.0, -1.0).double()) / 0.99  # rewards 1 to the end, gamma 0.01
+
+
+def _to_go_unusual(f: Any) -> list[str]:
+    padded, mask = tensor([[1.0, 2.0, 1e30]]), tensor([[True, True, False]])
+    return [
+        outcome(tensor(_R), f, tensor(_R), gamma=0.0),
+        outcome(_ENDLESS[None], f, torch.ones(1, 200), gamma=0.01),
+        outcome(tensor([[3.0, 2.0, 0.0]]), f, padded, mask=mask),
+    ]
+
+
 rg = Question(
     id="rewards_to_go",
     title="rewards to go, with discount and mask",
@@ -426,7 +456,7 @@ rg = Question(
     ),
     explanation="Walk backwards and carry G. At a step that counts, G becomes r + gamma G; at any other step it stays "
     "as it is and 0 is written. Rewards before t are absent: they were fixed before the action at t was chosen.",
-    probes=_to_go_probe,
+    probes=in_two_steps(_to_go_probe, _to_go_unusual, rewards_to_go),
 )
 
 
@@ -439,12 +469,15 @@ def _(f: Any) -> None:
 def _(f: Any) -> None:
     got = f(tensor([[0.0, 0.0, 8.0], [4.0, 2.0, 1.0]]), gamma=0.5)
     expect_close(got, tensor([[2.0, 4.0, 8.0], [5.25, 2.5, 1.0]]), "gamma 0.5")
+    got = f(tensor([[4.0, 2.0, 1.0]]), gamma=0.0)
+    expect_close(got, tensor([[4.0, 2.0, 1.0]]), "rewards (4, 2, 1), gamma 0: only the step's own reward")
+    expect_close(f(torch.ones(1, 200), gamma=0.01), _ENDLESS[None], "200 rewards of 1, gamma 0.01")
 
 
 @rg.case("padding adds nothing, whatever finite numbers it holds, and gets 0", 2, "leave masked steps out of the sum")
 def _(f: Any) -> None:
     mask = tensor([[True, True, False, False], [True, True, True, True], [True, True, True, False]])
-    rewards = tensor([[1.0, 2.0, 50.0, -70.0], [1.0, 2.0, 3.0, 4.0], [5.0, 0.0, 2.0, 90.0]])
+    rewards = tensor([[1.0, 2.0, 50.0, -70.0], [1.0, 2.0, 3.0, 4.0], [5.0, 0.0, 2.0, 1e30]])
     got = as_tensor(f(rewards, mask=mask, gamma=1.0), "rewards to go")
     expect_shape(got, (3, 4), "rewards to go")
     expect_close(got[0], tensor([3.0, 2.0, 0.0, 0.0]), "rewards (1, 2, padding, padding) in a batch of three")
@@ -511,6 +544,19 @@ def _to_go_not_reset(rewards: Tensor, mask: Tensor | None = None, gamma: float =
     return out
 
 
+def _to_go_by_division(rewards: Tensor, mask: Tensor | None = None, gamma: float = 1.0) -> Tensor:
+    keep = torch.ones_like(rewards) if mask is None else mask.to(rewards.dtype)
+    powers = gamma ** (keep.cumsum(1) - 1).clamp(min=0)
+    return (torch.where(keep > 0, rewards, 0.0) * powers).flip(1).cumsum(1).flip(1) / powers * keep
+
+
+def _to_go_minus_padding(rewards: Tensor, mask: Tensor | None = None, gamma: float = 1.0) -> Tensor:
+    if mask is None or gamma != 1:
+        return rewards_to_go(rewards, mask, gamma)  # type: ignore[no-any-return]
+    whole, padding = (x.flip(1).cumsum(1).flip(1) for x in (rewards, rewards * ~mask))
+    return (whole - padding) * mask
+
+
 def _to_go_in_place(rewards: Tensor, mask: Tensor | None = None, gamma: float = 1.0) -> Tensor:
     if mask is not None:
         rewards *= mask
@@ -520,6 +566,21 @@ def _to_go_in_place(rewards: Tensor, mask: Tensor | None = None, gamma: float = 
 rg.wrong("first-mask-for-all", "the mask of the first episode is used for all of them", _to_go_first_mask)
 rg.wrong("not-reset", "the sum carried back goes on from one episode to the next: start at 0 in each", _to_go_not_reset)
 rg.wrong("in-place", "you changed the rewards of the caller: work on a copy", _to_go_in_place)
+rg.wrong(
+    "divided-by-powers",
+    "you divide by a power of gamma, which is 0 at gamma 0 and underflows in long episodes: carry G backwards",
+    _to_go_by_division,
+)
+rg.wrong(
+    "gamma-0-is-no-gamma",
+    "gamma = 0 became 1: 0 counts as False in `gamma or 1.0`",
+    lambda rewards, mask=None, gamma=1.0: rewards_to_go(rewards, mask, gamma or 1.0),
+)
+rg.wrong(
+    "padding-taken-off-again",
+    "you summed the padding and subtracted it again: large numbers there swallow the rest; leave it out of the sum",
+    _to_go_minus_padding,
+)
 rg.wrong("summed-twice", "you summed the sums: late rewards are counted several times", _to_go_twice, "W-PG-8")
 rg.wrong("no-discount", "gamma is ignored", _to_go(discount=False), "W-PG-13")
 for _name, _says, _options in [
@@ -834,6 +895,12 @@ rs.plant(
         "common",
     ),
     (
+        "from-the-past",
+        "you summed the rewards from the start up to t: an action earns those from t to the end",
+        lambda lp, r, m: -(lp * (r.detach() * m).cumsum(1) * m).sum(1).mean(),
+        "common",
+    ),
+    (
         "detached",
         "the log-probabilities are detached: there is no gradient",
         lambda lp, r, m: surrogate(lp.detach(), r, m),
@@ -866,7 +933,7 @@ def ascent_step(theta, objective, learning_rate):  # type: ignore[no-untyped-def
     """Parameters after one step of gradient ascent on objective. (D,) -> (D,); theta is left as it was."""
     point = theta.detach().clone().requires_grad_()
     (slope,) = torch.autograd.grad(objective(point), point)
-    return theta + learning_rate * slope
+    return theta.detach() + learning_rate * slope
 
 
 def _expected_score(x: Tensor) -> Tensor:
@@ -888,6 +955,20 @@ def _step_probe(f: Any) -> list[Any]:
     return out
 
 
+def _step_unusual(f: Any) -> list[Any]:
+    theta = _trained_theta()
+    new = f(theta, _cubic, 0.3)
+    kept = theta.grad is not None and bool((theta.grad == 1).all())
+    return [new, "graph" if isinstance(new, Tensor) and new.requires_grad else "no graph", float(kept)]
+
+
+def _trained_theta() -> Tensor:
+    """Parameters in the middle of a training: they require a gradient and hold one."""
+    theta = tensor([1.0, 2.0, -0.5]).requires_grad_()
+    theta.grad = torch.ones(3)
+    return theta
+
+
 us = Question(
     id="update_rule",
     title="one step of gradient ascent",
@@ -904,7 +985,7 @@ us = Question(
     ),
     explanation="The step goes along J' itself, upwards since J is to grow. Differentiate at a copy, so that the old "
     "parameters stay what they are and the new ones are numbers, not the end of a graph that grows with every step.",
-    probes=_step_probe,
+    probes=in_two_steps(_step_probe, _step_unusual, ascent_step),
 )
 
 
@@ -936,6 +1017,13 @@ def _(f: Any) -> None:
     require(theta.grad is None, "theta holds a gradient after the call, and did not before")
     expect_close(f(theta, _cubic, 0.1), new, "new parameters of a second, equal call against the first")
     require(not torch.equal(f(theta, _cubic, 0.2), new), "the learning rate plays no part")
+    theta = _trained_theta()
+    again = f(theta, _cubic, 0.1)
+    expect_close(again, new, "new parameters where theta requires a gradient and holds one")
+    require(
+        not (isinstance(again, Tensor) and again.requires_grad),
+        "theta requires a gradient, and the new parameters carry its graph",
+    )
 
 
 def _slope_of(theta: Tensor, objective: Any, graph: bool = False) -> tuple[Tensor, Tensor]:
@@ -957,6 +1045,15 @@ def _accumulating(theta: Tensor, objective: Any, rate: float) -> Tensor:
     objective(theta).backward()
     assert theta.grad is not None
     return (theta + rate * theta.grad).detach()
+
+
+def _clearing(theta: Tensor, objective: Any, rate: float) -> Tensor:
+    required, theta.grad = theta.requires_grad, None
+    objective(theta.requires_grad_()).backward()
+    assert theta.grad is not None
+    new, theta.grad = (theta + rate * theta.grad).detach(), None
+    theta.requires_grad_(required)
+    return new
 
 
 def _with_graph(theta: Tensor, objective: Any, rate: float) -> Tensor:
@@ -999,6 +1096,18 @@ us.plant(
         _with_graph,
         "common",
     ),
+    (
+        "graph-of-theta",
+        "theta may require a gradient itself: add the step to theta.detach(), or the result has a graph",
+        lambda x, j, a: x + a * _slope_of(x, j)[1],
+        "common",
+    ),
+    (
+        "gradient-cleared",
+        "you cleared or replaced the gradient that theta held: differentiate a copy of theta",
+        _clearing,
+        "common",
+    ),
 )
 
 
@@ -1011,7 +1120,7 @@ def _step_with_backward(theta: Tensor, objective: Any, rate: float) -> Tensor:
 
 
 us.right("backward", _step_with_backward)
-us.right("float64 inside", lambda x, j, a: x + a * _slope_of(x.double(), lambda z: j(z.float()))[1].float())
+us.right("float64 inside", lambda x, j, a: (x + a * _slope_of(x.double(), lambda z: j(z.float()))[1]).detach())
 
 
 # -- three gradients -------------------------------------------------------------------------------------
@@ -1143,17 +1252,17 @@ sv = Question(
 def _(f: Any) -> None:
     for c in (2.0, -1.5):
         expect_close(
-            unpack(f(tensor([0.7, 0.2, 0.1]), c), 3, "your answer")[0], c, f"change of J, shift {c:g}", rtol=2e-3
+            unpack(f(tensor([0.7, 0.2, 0.1]), c), 3, "your answer")[0], c, f"change of J, shift {c:g}", rtol=6e-3
         )
 
 
 @sv.case("the expected loss changes by another amount", 2, "the loss is -E[s log pi]")
 def _(f: Any) -> None:
-    for p, c in (([0.5, 0.5], 2.0), ([0.7, 0.2, 0.1], -1.5)):
+    for p, c in (([0.5, 0.5], 2.0), ([0.7, 0.2, 0.1], -1.5), ([0.98, 0.01, 0.01], 2.0)):
         probs, s = tensor(p).double(), normal(len(p), seed=1).double()
         want = (-(probs * (s + c) * probs.log()).sum() + (probs * s * probs.log()).sum()).item()
         got = unpack(f(tensor(p), c), 3, "your answer")[1]
-        expect_close(got, want, f"change of the expected loss, pi {p}, shift {c:g}", rtol=2e-3)
+        expect_close(got, want, f"change of the expected loss, pi {p}, shift {c:g}", rtol=6e-3)
 
 
 @sv.case("the expected gradient does not change", 1, "E[grad log pi] = 0")
@@ -1192,6 +1301,7 @@ sv.plant(
     ),
 )
 sv.right("float64, as a list", lambda p, c: [float(c), -c * torch.special.xlogy(p.double(), p.double()).sum(), 0])
+sv.right("three digits", lambda p, c: (c, float(f"{c * _entropy(p).item():.3g}"), 0.0))
 sv.right("an array", lambda p, c: np.array([c, c * _entropy(p).item(), 0.0]))
 sv.right("a tensor", lambda p, c: torch.stack([tensor(c), c * _entropy(p), tensor(0.0)]))
 sv.right("torch.distributions", lambda p, c: (c, c * torch.distributions.Categorical(p).entropy().item(), 0 * c))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -16,9 +17,11 @@ from rlhfkit.homework.comparisons import (
     as_tensor,
     expect_close,
     expect_shape,
+    in_two_steps,
     normal,
     numbers,
     orders,
+    outcome,
     require,
     source,
     unpack,
@@ -55,6 +58,9 @@ def _advantages(f: Any, rewards: Tensor, values: Tensor, **options: Any) -> Tens
     return as_tensor(pair[0], "advantages")
 
 
+_LAST_DONE = tensor([[False] * 5 + [True], [False] * 6])
+
+
 def _gae_probe(f: Any) -> list[Any]:
     r, v = normal(2, 6, seed=3), normal(2, 6, seed=4)
     mask = tensor([[True, True, False, True, True, False], [False, True, True, True, True, True]])
@@ -68,6 +74,7 @@ def _gae_probe(f: Any) -> list[Any]:
         list(f(r.clone(), v.clone(), gamma=0.9, lam=0.8, last_values=last)),
         list(f(r.clone(), v.clone(), gamma=0.5, lam=0.3, mask=mask, last_values=last)),
         list(f(r.clone(), v.clone(), gamma=0.9, lam=0.8, dones=dones, last_values=last)),
+        list(f(r.clone(), v.clone(), gamma=0.9, lam=0.8, dones=_LAST_DONE.clone(), last_values=last)),
         [*f(r, v, gamma=0.9, lam=0.8, **both, last_values=last), r, v],
     ]
 
@@ -130,6 +137,11 @@ def _(f: Any) -> None:
             second = _advantages(f, r[row, end:], v[row, end:], gamma=0.9, lam=0.8, last_values=last[row])
             expect_close(got[row, end:], second, f"row {b}: second episode inside the batch of rollouts against alone")
             expect_close(got[b, end - 1], (r - v)[b, end - 1], f"row {b}: last step of the first episode")
+    r, v, last = normal(2, 6, seed=10), normal(2, 6, seed=11), tensor([3.0, -1.0])
+    got = _advantages(f, r, v, gamma=0.9, lam=0.8, dones=_LAST_DONE.clone(), last_values=last)
+    expect_shape(got, (2, 6), "advantages")
+    expect_close(got[0, 5], (r - v)[0, 5], "the last step of a rollout, with dones there: last_values may not enter")
+    expect_close(got[1, 5], (r + 0.9 * last[:, None] - v)[1, 5], "the last step of the other rollout, without dones")
 
 
 _MASK = [[True, True, False, True, True, False], [False, True, True, True, False, False], [True] * 6]
@@ -269,6 +281,12 @@ def _gae_mask_drops_dones(rewards: Tensor, values: Tensor, **options: Any) -> An
     )
 
 
+def _gae_last_done_ignored(rewards: Tensor, values: Tensor, **options: Any) -> Any:
+    if options.get("dones") is not None:
+        options["dones"] = torch.cat([options["dones"][:, :-1], torch.zeros_like(options["dones"][:, -1:])], 1)
+    return gae(rewards, values, **options)
+
+
 def _gae_full_returns(rewards: Tensor, values: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     advantages, _ = gae(rewards, values, **options)
     return advantages, advantages + values
@@ -327,6 +345,12 @@ ga.plant(
         "dones-of-masked-steps",
         "dones on a masked step cuts the episode in your code: a masked step is skipped entirely",
         _gae_dones_of_masked,
+        "common",
+    ),
+    (
+        "last-done-ignored",
+        "a done on the last step is ignored: nothing follows a finished episode, so last_values must not count there",
+        _gae_last_done_ignored,
         "common",
     ),
     ("returns-on-masked-steps", "the returns of masked steps must be 0 as well", _gae_full_returns, "common"),
@@ -462,6 +486,12 @@ bb.plant(
         "swapped-weights",
         "1 - pi(y) is right for two responses only",
         lambda p, s: ((1 - p) * s).sum() / (1 - p).sum(),
+        "common",
+    ),
+    (
+        "own-entry-only",
+        "(1 - pi(y))^2 is one entry of the score function, squared: the squared norm adds up all of them",
+        lambda p, s: (p * (1 - p).square() * s).sum() / (p * (1 - p).square()).sum(),
         "common",
     ),
     ("best-score", "the largest score is no baseline of least variance", lambda p, s: s.max(), "W-BL-5"),
@@ -682,6 +712,8 @@ gb = Question(
 def _(f: Any) -> None:
     got = f(tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]]))
     expect_close(got, tensor([[4.0, 3.5, 1.5], [1.5, 1.5, 0.0]]), "scores (1, 2, 6) and (0, 0, 3)")
+    got = f(tensor([[0.13, 0.25, -40.6]]))
+    expect_close(got, tensor([[-20.175, -20.235, 0.19]]), "scores (0.13, 0.25, -40.6)")
 
 
 @gb.case("the own score does not enter its own baseline", 1, "change one score: whose baselines may move?")
@@ -745,6 +777,12 @@ gb.plant(
         "next-response",
         "one other response is unbiased, but the task is the mean of all others",
         lambda s: s.roll(-1, 1),
+        "common",
+    ),
+    (
+        "rounded",
+        "you rounded the baselines: they go into a gradient, so keep their digits",
+        lambda s: leave_one_out_baseline(s).round(decimals=1),
         "common",
     ),
 )
@@ -989,13 +1027,13 @@ gw = Question(
     ),
     explanation="Beyond the end of the episode all k-step estimates equal the one for k = T, which so takes the weights "
     "of all of them: sum over k >= T of (1 - lam) lam^(k-1) = lam^(T-1).",
-    probes=lambda f: [f(4, 0.7), f(6, 0.9), f(3, 0.2)],
+    probes=lambda f: [f(4, 0.7), f(6, 0.9), f(3, 0.2), f(1, 0.7)],
 )
 
 
 @gw.case("they sum to 1, at lam = 1 too", 1, "a mixture")
 def _(f: Any) -> None:
-    for steps, lam in ((4, 0.7), (6, 0.3), (3, 1.0)):
+    for steps, lam in ((4, 0.7), (6, 0.3), (3, 1.0), (1, 0.7)):
         weights = as_tensor(f(steps, lam), "weights")
         expect_shape(weights, (steps,), f"T = {steps}")
         expect_close(weights.sum(), 1.0, f"sum of the weights, T = {steps}, lam = {lam:g}", atol=4e-3)
@@ -1049,6 +1087,12 @@ gw.plant(
         "W-BL-7",
     ),
     ("one-minus-lam", "lam and 1 - lam are exchanged", lambda n, lam: gae_weights(n, 1 - lam), "common"),
+    (
+        "one-step-forgotten",
+        "if there is one step only, there is one estimate, and its weight is 1",
+        lambda n, lam: gae_weights(n, lam) if n > 1 else [1 - lam],
+        "common",
+    ),
     ("all-the-same", "the same weight 1 - lam for all k", lambda n, lam: [1 - lam] * n, "common"),
 )
 gw.right("three decimals", lambda n, lam: [round(w, 3) for w in gae_weights(n, lam)])
@@ -1156,7 +1200,11 @@ sw = Question(
     ),
     explanation="The standard deviation is sqrt(p (1 - p)), 1/2 at p = 1/2. The ratio is 1 / (2 sqrt(p (1 - p))): 1.67 at "
     "p = 0.1 or 0.9, and 5.03 at p = 0.01. Prompts that nearly always fail or succeed gain weight.",
-    probes=lambda f: [as_tensor(f(p), "probe") for p in (0.5, 0.1, 0.7, 0.98)],
+    probes=in_two_steps(
+        lambda f: [as_tensor(f(p), "probe").round(decimals=2) for p in (0.5, 0.1, 0.7, 0.98)],
+        lambda f: [outcome(50.0, f, 1e-4, rtol=5e-3), outcome(50.0, f, 1e-4, rtol=0.05)],
+        std_weight,
+    ),
 )
 
 
@@ -1173,7 +1221,7 @@ def _(f: Any) -> None:
 
 @sw.case("equals the ratio of exact standard deviations", 2, "the standard deviation, not the variance")
 def _(f: Any) -> None:
-    for p in (0.01, 0.2, 0.6, 0.95):
+    for p in (0.01, 0.2, 0.6, 0.95, 0.0001, 0.9999):
         law, score = tensor([p, 1 - p]).double(), tensor([1.0, 0.0]).double()
         spread = (law * (score - (law * score).sum()).square()).sum().sqrt()
         expect_close(f(p), 0.5 / spread, f"weight at p = {p}", rtol=5e-3)
@@ -1198,6 +1246,18 @@ sw.plant(
         "failures-only",
         "prompts that nearly always succeed gain as much as those that fail",
         lambda p: (0.5 / p) ** 0.5,
+        "common",
+    ),
+    (
+        "small-number-added",
+        "you added a small number to the standard deviation: near p = 0 and p = 1 it is not small beside it",
+        lambda p: 0.5 / ((p * (1 - p)) ** 0.5 + 1e-4),
+        "common",
+    ),
+    (
+        "capped",
+        "you capped the weight, or kept p away from 0 and 1: it grows without bound there",
+        lambda p: std_weight(min(max(p, 0.001), 0.999)),
         "common",
     ),
     ("mean", "you divided by the mean score, not by the spread", lambda p: 0.5 / p, "common"),
@@ -1235,6 +1295,16 @@ def _whiten_probe(f: Any) -> list[Any]:
     ]
 
 
+_NARROW, _DISTANT = tensor([1e-4, 2e-4, 3e-4]), tensor([10001.0, 10002.0, 10006.0])
+
+
+def _whiten_unusual(f: Any) -> list[str]:
+    narrow = [outcome(tensor([-side, 0.0, side]), f, _NARROW.clone()) for side in (0.5**0.5, 1.0)]
+    distant = outcome(tensor([-2.0, -1.0, 3.0]) / 7**0.5, f, _DISTANT.clone())
+    zero = outcome(tensor([-1.0, 0.0, 1.0]), f, tensor([0.0, 1.0, 2.0]))
+    return [*narrow, "right" if distant == "right" else "wrong", zero]
+
+
 wm = Question(
     id="whiten_mask",
     title="whitening that does not see the padding",
@@ -1251,7 +1321,7 @@ wm = Question(
     ),
     explanation="Mean and variance are those of the entries that count, the variance with n - 1. Zeros in the padding "
     "would pull the mean to 0 and change the spread, so equal batches with more padding would train differently.",
-    probes=_whiten_probe,
+    probes=in_two_steps(_whiten_probe, _whiten_unusual, whiten),
 )
 
 
@@ -1261,6 +1331,8 @@ def _(f: Any) -> None:
     expect_shape(got, (3, 4), "whitened")
     expect_close(got.mean(), 0.0, "mean", atol=1e-4)
     expect_close(got.var(), 1.0, "variance (n - 1)", rtol=1e-3)
+    got = f(_DISTANT.clone())
+    expect_close(got, tensor([-2.0, -1.0, 3.0]) / 7**0.5, "x (10001, 10002, 10006), variance 7", rtol=1e-3)
 
 
 @wm.case("more padding, or other finite numbers in it, changes nothing", 2, "only the entries that count may enter")
@@ -1291,6 +1363,9 @@ def _(f: Any) -> None:
     expect_close(f(tensor([2.0, 2.0, 2.0])), tensor([0.0, 0.0, 0.0]), "x (2, 2, 2)")
     mask = tensor([True, True, False, True])
     expect_close(f(tensor([2.0, 2.0, 7.0, 2.0]), mask), tensor([0.0, 0.0, 0.0, 0.0]), "x (2, 2, padding, 2)")
+    side = 0.5**0.5
+    expect_close(f(_NARROW.clone()), tensor([-side, 0.0, side]), "x (.0001, .0002, .0003)", rtol=1e-3)
+    expect_close(f(tensor([0.0, 1.0, 2.0])), tensor([-1.0, 0.0, 1.0]), "x (0, 1, 2)")
     got = f(tensor([1.0, 2.0, 7.0, 3.0]), mask)
     expect_close(got, tensor([-1.0, 0.0, 0.0, 1.0]), "x (1, 2, padding, 3)")
 
@@ -1306,19 +1381,32 @@ def _whiten_in_place(x: Tensor, mask: Tensor | None = None, shift_mean: bool = T
 
 
 def _whiten_with(
-    select: str = "mask", zero: bool = True, unbiased: bool = True, root: bool = True, back: str = "mean"
+    select: str = "mask",
+    zero: bool = True,
+    unbiased: bool = True,
+    root: bool = True,
+    back: str = "mean",
+    least: float = 1e-8,
+    added: float = 0.0,
 ) -> Callable[..., Tensor]:
     def f(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True) -> Tensor:
         keep = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
         kept = x.flatten() if select == "all" else (x * keep).flatten() if select == "zeros" else x[keep]
-        mean, var = kept.mean(), kept.var(correction=int(unbiased)) + 1e-8
-        scale = var.sqrt() if root else var
+        mean, var = kept.mean(), kept.var(correction=int(unbiased)) + least
+        scale = var.sqrt() + added if root else var
         out = (x - mean) / scale
         if not shift_mean:
             out = {"mean": out + mean, "ignored": out, "unscaled": x / scale}[back]
         return torch.where(keep, out, torch.zeros_like(x)) if zero else out
 
     return f
+
+
+def _whiten_by_squares(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True) -> Tensor:
+    w = torch.ones_like(x) if mask is None else mask.to(x.dtype)
+    mean, n = (x * w).sum() / w.sum(), w.sum()
+    var = ((x * x * w).sum() / n - mean * mean) * n / (n - 1)
+    return ((x - mean) / (var.clamp(min=0) + 1e-8).sqrt() + (0.0 if shift_mean else mean)) * w
 
 
 def _whiten_rows(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True) -> Tensor:
@@ -1350,17 +1438,44 @@ wm.plant(
         _whiten_with(back="unscaled"),
         "common",
     ),
+    (
+        "epsilon-outside",
+        "1e-8 stands under the root, beside the variance: yours is outside the root, or smaller",
+        lambda x, mask=None, shift_mean=True: _whiten_with(least=0.0, added=1e-8)(x, mask, shift_mean),
+        "common",
+    ),
+    (
+        "larger-epsilon",
+        "the number under the root is 1e-8: yours is larger, which counts where the spread is small",
+        lambda x, mask=None, shift_mean=True: _whiten_with(least=1e-5)(x, mask, shift_mean),
+        "common",
+    ),
+    (
+        "zeros-are-padding",
+        "an entry of 0 is no padding: only the mask says what counts, and without one everything does",
+        lambda x, mask=None, shift_mean=True: whiten(x, (x != 0) if mask is None else mask, shift_mean),
+        "common",
+    ),
+    (
+        "mean-of-squares",
+        "mean of the squares minus square of the mean loses its digits far from 0: average (x - mean)^2",
+        _whiten_by_squares,
+        "common",
+    ),
     ("per-response", "each response was whitened by itself; the batch is whitened together", _whiten_rows, "common"),
 )
 
 
-def _whiten_by_sums(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True) -> Tensor:
-    w = torch.ones_like(x, dtype=torch.float64) if mask is None else mask.double()
+def _whiten_by_sums(
+    x: Tensor, mask: Tensor | None = None, shift_mean: bool = True, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    w = torch.ones_like(x, dtype=dtype) if mask is None else mask.to(dtype)
     mean = (x * w).sum() / w.sum()
     var = ((x - mean).square() * w).sum() / (w.sum() - 1)
     return ((x - mean) / (var + 1e-8).sqrt() + (0.0 if shift_mean else mean)) * w
 
 
 wm.right("sums with weights, float64", _whiten_by_sums)
+wm.right("sums with weights, float32", functools.partial(_whiten_by_sums, dtype=torch.float32))
 
 CHAPTER: Sequence[Question] = (ga, bb, vb, bd, gb, gs, ad, bn, gw, lo, sw, wm)

@@ -19,10 +19,11 @@ from rlhfkit.homework.comparisons import (
     expect_shape,
     gradient,
     gradient_or_none,
+    in_two_steps,
     normal,
     numbers,
+    outcome,
     require,
-    same,
     show,
     source,
     unpack,
@@ -35,33 +36,6 @@ def _expect_constant(result: Any, what: str, x: Tensor) -> None:
     (slope,) = torch.autograd.grad(result.sum(), x, allow_unused=True, retain_graph=True)
     steepest = 0.0 if slope is None else slope.abs().max().item()
     require(steepest == 0.0, f"the gradient in {what} must be 0, got {steepest:.4g}")
-
-
-def _word(want: Any, f: Any, *args: Any, rtol: float = 1e-3, atol: float = 1e-5, **options: Any) -> str:
-    """What an answer makes of an unusual input: "right", "wrong", "not finite" or "an error"."""
-    try:
-        x, y = as_tensor(f(*args, **options), "probe"), torch.as_tensor(want).double()
-    except Exception:
-        return "an error"
-    if not torch.isfinite(x).all():
-        return "not finite"
-    return "right" if x.shape == y.shape and torch.allclose(x, y, rtol=rtol, atol=atol) else "wrong"
-
-
-def _in_two_steps(
-    ordinary: Callable[[Any], Any], unusual: Callable[[Any], Any], reference: Any
-) -> Callable[[Any], list[Any]]:
-    """Probes that try unusual inputs only on an answer that is right on ordinary ones.
-
-    So a mistake in the formula is recognised however its numbers overflow, and one of precision or range by where it
-    goes wrong, whatever number it gives there.
-    """
-
-    def probe(f: Any) -> list[Any]:
-        found = ordinary(f)
-        return [found, unusual(f)] if same(found, ordinary(reference)) else [found]
-
-    return probe
 
 
 # -- the importance weight of a response -----------------------------------------------------------------
@@ -128,14 +102,14 @@ def _late_response() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _offpolicy_unusual(f: Any) -> list[Any]:
     padded = _wild_padding()
     return [
-        _word(900.0**3, f, *_FAR),
-        _word(math.exp(12), f, *_ONE_FAR),
-        _word(math.exp(3), f, *_LONG),
-        _word(math.exp(0.5), f, *_RARE),
-        _word(7.5, f, *padded),
-        _word(tensor([[7.5, 7.5, 0.0]]), lambda: gradient(f(*padded), padded[0], "probe")),
+        outcome(900.0**3, f, *_FAR),
+        outcome(math.exp(12), f, *_ONE_FAR),
+        outcome(math.exp(3), f, *_LONG),
+        outcome(math.exp(0.5), f, *_RARE),
+        outcome(7.5, f, *padded),
+        outcome(tensor([[7.5, 7.5, 0.0]]), lambda: gradient(f(*padded), padded[0], "probe")),
         f(*_late_response()),
-        *(_word(score, f, *_one_response([-1.0], [-1.0], score)) for score in (25.0, 0.5)),
+        *(outcome(score, f, *_one_response([-1.0], [-1.0], score)) for score in (25.0, 0.5)),
     ]
 
 
@@ -159,7 +133,7 @@ of = Question(
     "pi(y) s(y) is not 0. The weight of a response is the product of its tokens' ratios, that is, exp of the summed "
     "differences. Its gradient is weight * score * grad log pi: the policy gradient, from another policy's responses. "
     "Dividing by the sum of the weights would be another estimate, and a biased one.",
-    probes=_in_two_steps(_offpolicy_probe, _offpolicy_unusual, importance_estimate),
+    probes=in_two_steps(_offpolicy_probe, _offpolicy_unusual, importance_estimate),
 )
 
 
@@ -703,9 +677,9 @@ wv = Question(
     "mean sum q (p/q)^2 = sum p^2/q, so the variance is that number to the power T, minus 1. The number is larger than 1 "
     "as soon as p differs from q, so the growth is exponential: (0.5, 0.5) against (0.6, 0.4) gives 0.042 for one token, "
     "0.504 for ten and 58.3 for a hundred.",
-    probes=_in_two_steps(
+    probes=in_two_steps(
         lambda f: [as_tensor(f(tensor(p), tensor(q), t), "probe") for p, q in _LAWS for t in (1, 2, 5)],
-        lambda f: _word(1.575**40 - 1, f, *map(tensor, _LAWS[1]), 40, rtol=1e-2),
+        lambda f: outcome(1.575**40 - 1, f, *map(tensor, _LAWS[1]), 40, rtol=1e-2),
         weight_variance,
     ),
 )
@@ -881,7 +855,7 @@ def _clip_unusual(f: Any) -> list[str]:
     parts = [(_OLD_OF_THEM[i] + _LOG_RATIOS[i], _OLD_OF_THEM[i]) for i in (torch.arange(2), torch.arange(2, 4))] + [
         (new[None], old[None]) for new, old in zip(*_RARE_PAIR, strict=True)
     ]
-    return [_word((new - old).exp(), f, new.clone(), old.clone(), -torch.ones_like(new)) for new, old in parts]
+    return [outcome((new - old).exp(), f, new.clone(), old.clone(), -torch.ones_like(new)) for new, old in parts]
 
 
 pc = Question(
@@ -902,7 +876,7 @@ pc = Question(
     explanation="The clip takes away the gain from moving further than eps in the direction that A asks for. The minimum "
     "is what keeps the way back open: at r = 0.5 and A = 1 the clipped product is flat, but the unclipped one is smaller "
     "and pulls the ratio up again. One number per token; which tokens count and how to average is the caller's choice.",
-    probes=_in_two_steps(_clip_probe, _clip_unusual, clipped_policy_loss),
+    probes=in_two_steps(_clip_probe, _clip_unusual, clipped_policy_loss),
 )
 
 
@@ -1510,7 +1484,7 @@ def _value_unusual(f: Any) -> list[str]:
         ((2.0, 25.0, None), 23.0**2 / 2),
     ]
     return [
-        _word(tensor([want]), f, tensor([v]), torch.zeros(1), tensor([r]), cliprange_value=eps)
+        outcome(tensor([want]), f, tensor([v]), torch.zeros(1), tensor([r]), cliprange_value=eps)
         for (v, r, eps), want in rows
     ]
 
@@ -1533,7 +1507,7 @@ vl = Question(
     "error is the larger one and constant. A step that moved away keeps its full gradient, since there the unclipped error "
     "is the larger one. eps is in units of reward, so a value that suits one task stops the critic of another. Some "
     "implementations leave out the half or the maximum; then vf_coef means something else.",
-    probes=_in_two_steps(_value_probe, _value_unusual, clipped_value_loss),
+    probes=in_two_steps(_value_probe, _value_unusual, clipped_value_loss),
 )
 
 
@@ -1964,10 +1938,10 @@ def _entropy_gradient(logits: Tensor) -> Tensor:
 
 
 def _slope_unusual(f: Any) -> list[str]:
-    words = [_word(tensor([want]), f, tensor([row])) for row, want in _WIDE]
+    words = [outcome(tensor([want]), f, tensor([row])) for row, want in _WIDE]
     both = as_tensor(f(_TWO_ROWS.clone()), "probe")
-    words += [_word(tensor([-_TILT, _TILT]), torch.clone, row) for row in both]
-    return [*words, _word(_entropy_gradient(_SMALL), f, _SMALL.clone(), rtol=1e-4, atol=2e-7)]
+    words += [outcome(tensor([-_TILT, _TILT]), torch.clone, row) for row in both]
+    return [*words, outcome(_entropy_gradient(_SMALL), f, _SMALL.clone(), rtol=1e-4, atol=2e-7)]
 
 
 es = Question(
@@ -1987,7 +1961,7 @@ es = Question(
     explanation="The chain rule gives -sum_i (log p_i + 1) p_i (1_ij - p_j) = -p_j (log p_j + H). The surprise -log p_j is "
     "compared with its mean H: tokens more likely than that lose, the others gain, and at the uniform distribution nothing "
     "moves. So a bonus c' H spreads the policy; it does not make it rigid.",
-    probes=_in_two_steps(
+    probes=in_two_steps(
         lambda f: [
             _or_error(f, x)
             for x in (normal(2, 4, seed=1), 2 * normal(1, 3, seed=2), tensor([[1.0, 1.0, 1.0]]), normal(3, 3, seed=6))
@@ -2400,12 +2374,12 @@ def _metric_unusual(f: Any) -> list[Any]:
 
     small, near_0 = _metric_inputs(7, spread=0.001), _tokens([0.009], [1.0], torch.float64)
     d = (small[0].double() - small[1].double())[small[3]]
-    large = [_word(want, kl, _tokens([d], [1.0])) for d, want in _LARGE.items()]
+    large = [outcome(want, kl, _tokens([d], [1.0])) for d, want in _LARGE.items()]
     return [
-        _word((torch.expm1(d) - d).mean(), kl, small, rtol=5e-3, atol=0.0),
-        _word(math.expm1(0.009) - 0.009, kl, near_0, atol=0.0),
+        outcome((torch.expm1(d) - d).mean(), kl, small, rtol=5e-3, atol=0.0),
+        outcome(math.expm1(0.009) - 0.009, kl, near_0, atol=0.0),
         "right" if set(large) == {"right"} else "wrong",
-        _word((0.5 - math.log(1.5)) / 2, kl, _padded_tokens(200.0)),
+        outcome((0.5 - math.log(1.5)) / 2, kl, _padded_tokens(200.0)),
         *(_three(f(*_tokens(*tokens)))[2] for tokens in (_NO_ADVANTAGE, _TWO_ABOVE)),
         _three(f(*_padded_tokens(0.1)))[2],
     ]
@@ -2431,7 +2405,7 @@ um = Question(
     "but single values of either sign. For small d the number is about d^2/2, which exp(d) - 1 - d loses to rounding in "
     "float32. The clip fraction usually logged counts every ratio outside the interval; fewer tokens lack a gradient, "
     "since the minimum keeps the way back open, and a token with A = 0 is not counted: it had none before. An update is often ended early once the KL estimate passes a limit.",
-    probes=_in_two_steps(_metric_ordinary, _metric_unusual, update_metrics),
+    probes=in_two_steps(_metric_ordinary, _metric_unusual, update_metrics),
 )
 
 

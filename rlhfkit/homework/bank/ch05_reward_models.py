@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid, softplus
 
 from rlhfkit.homework.comparisons import (
     as_tensor,
@@ -18,14 +18,19 @@ from rlhfkit.homework.comparisons import (
     expect_shape,
     gradient,
     gradient_or_none,
+    in_two_steps,
     lines,
     normal,
+    outcome,
     require,
     show,
     source,
     unpack,
 )
 from rlhfkit.homework.core import Question
+
+_FADED = 4e-7
+"""Tolerance for a push of sigmoid(-14) = 8e-7, which has few digits left in float32 but is not 0."""
 
 # -- the loss of a pair ----------------------------------------------------------------------------------
 
@@ -45,12 +50,25 @@ def _pairs(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 def _bt_probe(f: Any) -> list[Any]:
     chosen, rejected, margin = _pairs(1)
     plain, shifted = f(chosen, rejected), f(chosen, rejected, margin=margin)
-    far = tensor([-900.0, 3.0]).requires_grad_()
-    distant = f(far, torch.zeros(2))
     return [
         *(gradient_or_none(plain, x) for x in (chosen, rejected)),
         *(gradient_or_none(shifted, x) for x in (chosen, rejected, margin)),
-        *(plain, shifted, distant, gradient_or_none(distant, far)),
+        *(plain, shifted),
+    ]
+
+
+def _push(f: Any, difference: float) -> Tensor:
+    chosen = tensor([difference]).requires_grad_()
+    return gradient(f(chosen, torch.zeros(1)), chosen, "gradient")
+
+
+def _bt_unusual(f: Any) -> list[Any]:
+    zero = torch.zeros(1)
+    return [
+        *(outcome(tensor([x]), f, tensor([-x]), zero) for x in (17.0, 60.0, 3000.0)),
+        outcome(tensor([math.exp(-14)]), lambda: -_push(f, 14.0), atol=_FADED),
+        outcome(tensor([1.0]), lambda: -_push(f, -3000.0)),
+        outcome(tensor([math.log(2)] * 2), f, torch.zeros(2), torch.zeros(2), None),
     ]
 
 
@@ -72,7 +90,7 @@ bt = Question(
     explanation="P(chosen wins) = sigmoid(s_c - s_r), so the negative log-likelihood is -log sigmoid of the difference. "
     "A margin asks for a larger difference before the loss is small. log(sigmoid(x)) is -inf in float32 below about -90, "
     "and its gradient nan; logsigmoid stays finite. One number per pair: the average is the caller's.",
-    probes=_bt_probe,
+    probes=in_two_steps(_bt_probe, _bt_unusual, bradley_terry_loss),
 )
 
 
@@ -88,8 +106,9 @@ def _(f: Any) -> None:
     chosen, rejected = normal(5, seed=4), normal(5, seed=5)
     got = as_tensor(f(chosen, rejected), "losses")
     expect_shape(got, (5,), "losses")
-    alone = [as_tensor(f(chosen[i : i + 1], rejected[i : i + 1]), "loss")[0] for i in range(5)]
-    expect_close(got, torch.stack(alone), "losses of five pairs together against each alone")
+    alone = [as_tensor(f(chosen[i : i + 1], rejected[i : i + 1], margin=None), "losses") for i in range(5)]
+    expect_shape(alone[0], (1,), "losses of a batch of one pair")
+    expect_close(got, torch.cat(alone), "losses of five pairs together against each alone, with margin=None")
     require(got.max() > got.min() + 0.1, "all five pairs have the same loss")
 
 
@@ -100,6 +119,8 @@ def _(f: Any) -> None:
     push = 1 / (1 + (chosen - rejected).detach().exp())
     expect_close(gradient(losses, chosen, "gradient in chosen_scores"), -push, "gradient in chosen_scores")
     expect_close(gradient(losses, rejected, "gradient in rejected_scores"), push, "gradient in rejected_scores")
+    faded = tensor([-1 / (1 + math.exp(14))])
+    expect_close(_push(f, 14.0), faded, "gradient in chosen_scores at a difference of 14", atol=_FADED)
 
 
 @bt.case("a margin is subtracted from the difference and is a constant", 1, "the same loss as a smaller difference")
@@ -112,6 +133,7 @@ def _(f: Any) -> None:
         "all losses are equal",
     )
     expect_close(losses, moved, "with a margin against chosen_scores lowered by it")
+    expect_close(f(chosen, rejected, margin), moved, "with a margin as third argument")
     gradient(losses, chosen, "gradient in chosen_scores")
     (slope,) = torch.autograd.grad(losses.sum(), margin, allow_unused=True)
     steepest = 0.0 if slope is None else slope.abs().max().item()
@@ -126,6 +148,15 @@ def _(f: Any) -> None:
     expect_close(
         gradient(losses, chosen, "gradient"), tensor([-1.0]), "gradient in chosen_scores at a difference of -900"
     )
+    expect_close(f(tensor([-2000.0]), tensor([1000.0])), tensor([3000.0]), "loss at scores -2000 and 1000")
+    expect_close(_push(f, -3000.0), tensor([-1.0]), "gradient in chosen_scores at a difference of -3000")
+
+
+_NO_MARGIN = torch.zeros(())
+
+
+def _where_far(difference: Tensor) -> Tensor:
+    return torch.where(difference < -50, -difference, -difference.sigmoid().log())
 
 
 def _m(margin: Any) -> Any:
@@ -153,7 +184,7 @@ bt.plant(
     ),
     (
         "naive-log",
-        "not finite far in the wrong order, where sigmoid underflows: use logsigmoid",
+        "not finite far in the wrong order, where sigmoid underflows and exp overflows: use logsigmoid",
         lambda c, r, margin=None: -(c - r - _m(margin)).sigmoid().log(),
         "common",
     ),
@@ -261,12 +292,98 @@ bt.plant(
         "common",
     ),
 )
+bt.plant(
+    (
+        "detached",
+        "the losses are right but cut off from the scores: nothing can be trained with them",
+        lambda c, r, margin=None: -logsigmoid(c.detach() - r.detach() - _m(margin)),
+        "common",
+    ),
+    (
+        "clamped-on-both-sides",
+        "the difference is clamped so tightly that ordinary pairs lose their push, in either direction",
+        lambda c, r, margin=None: -logsigmoid((c - r - _m(margin)).clamp(-10, 10)),
+        "common",
+    ),
+    (
+        "clamped-above",
+        "the difference is clamped from above: the push on a pair in the right order fades, but it does not end",
+        lambda c, r, margin=None: -logsigmoid((c - r - _m(margin)).clamp(max=10)),
+        "W-RM-2",
+    ),
+    (
+        "capped-loss",
+        "the loss is capped, by a clamp or inside the logarithm: far in the wrong order it is minus the difference",
+        lambda c, r, margin=None: -logsigmoid((c - r - _m(margin)).clamp(min=-30)),
+        "common",
+    ),
+    (
+        "generous-clamp",
+        "a clamp at a large number is still a clamp: beyond it the pair that is most wrong gets no push",
+        lambda c, r, margin=None: -logsigmoid((c - r - _m(margin)).clamp(-1000, 1000)),
+        "common",
+    ),
+    (
+        "infinity-replaced",
+        "you replaced inf by a number: the loss is then a constant, and its gradient still nan or 0",
+        lambda c, r, margin=None: (-(c - r - _m(margin)).sigmoid().log()).nan_to_num(posinf=900.0),
+        "common",
+    ),
+    (
+        "where",
+        "the value is right but its gradient is nan: torch.where differentiates both branches, the infinite one too",
+        lambda c, r, margin=None: _where_far(c - r - _m(margin)),
+        "common",
+    ),
+    (
+        "margin-not-none",
+        "margin=None, passed by name, breaks your function: None stands for no margin",
+        lambda c, r, margin=_NO_MARGIN: -logsigmoid(c - r - margin.detach()),
+        "common",
+    ),
+    (
+        "margin-without-sign",
+        "you used the size of the margin: a negative margin makes the difference larger",
+        lambda c, r, margin=None: -logsigmoid(c - r - (0.0 if margin is None else margin.detach().abs())),
+        "common",
+    ),
+    (
+        "margin-not-below-0",
+        "you cut the margin off at 0: a negative margin makes the difference larger",
+        lambda c, r, margin=None: -logsigmoid(c - r - (0.0 if margin is None else margin.detach().relu())),
+        "common",
+    ),
+    (
+        "margin-averaged",
+        "you used the mean margin for all pairs: each pair has its own",
+        lambda c, r, margin=None: -logsigmoid(c - r - (0.0 if margin is None else margin.detach().mean())),
+        "common",
+    ),
+)
+bt.plant(
+    (
+        "squeezed",
+        "a batch of one pair came back as a single number: squeeze drops its axis",
+        lambda c, r, margin=None: -logsigmoid(c - r - _m(margin)).squeeze(),
+        "common",
+    ),
+)
 bt.right("softplus, float64", lambda c, r, margin=None: softplus(r.double() - c + _m(margin)))
 bt.right(
     "binary cross-entropy with label 1",
     lambda c, r, margin=None: binary_cross_entropy_with_logits(
         c - r - _m(margin), torch.ones_like(c), reduction="none"
     ),
+)
+bt.right(
+    "cross-entropy of two classes",
+    lambda c, r, margin=None: cross_entropy(
+        torch.stack([c - _m(margin), r], 1), torch.zeros(len(c), dtype=torch.long), reduction="none"
+    ),
+)
+bt.right(
+    "log1p of exp(-|d|)",
+    lambda c, r, margin=None: (r - c + _m(margin)).relu() + (-(c - r - _m(margin)).abs()).exp().log1p(),
 )
 bt.right("log-sum-exp", lambda c, r, margin=None: torch.stack([c - _m(margin), r]).logsumexp(0) - c + _m(margin))
 
@@ -297,7 +414,14 @@ rs = Question(
     "-sigmoid(-d): about -1 for a pair in the wrong order, -1/2 at a tie, and nearly 0 far in the right order. It is "
     "negative everywhere: the loss always widens the difference, ever more weakly. sigmoid' itself is another function, "
     "small on both sides.",
-    probes=lambda f: [f(tensor([-6.0, -1.0, 0.0, 0.5, 2.0, 8.0])), f(tensor([-900.0, 900.0]))],
+    probes=in_two_steps(
+        lambda f: f(tensor([-6.0, -1.0, 0.0, 0.5, 2.0, 8.0])),
+        lambda f: [
+            *(outcome(tensor([want, want]), f, tensor([x, x])) for x, want in ((-900.0, -1.0), (900.0, 0.0))),
+            *(outcome(torch.full(shape, -0.5), f, torch.zeros(shape)) for shape in ((), (1,), (2, 3))),
+        ],
+        slope,
+    ),
 )
 
 
@@ -307,6 +431,8 @@ def _(f: Any) -> None:
     (want,) = torch.autograd.grad(-logsigmoid(d).sum(), d)
     expect_close(f(d.detach().clone()), want, "slope at -10, -9.5, ..., 10")
     expect_close(f(tensor([-900.0, 900.0])), tensor([-1.0, 0.0]), "slope at -900 and 900")
+    for shape in ((), (1,), (2, 3)):
+        expect_close(f(torch.zeros(shape)), torch.full(shape, -0.5), f"slope at 0, d of shape {shape}")
 
 
 @rs.case("never 0 and never positive: the loss always widens the gap", 1, "does it pull d to 0?")
@@ -363,8 +489,46 @@ rs.plant(
         "common",
     ),
     ("loss-itself", "this is the loss, not its slope", lambda d: -logsigmoid(d), "common"),
+    (
+        "clamped",
+        "a clamp keeps the slope away from 0, to which it tends for large d",
+        lambda d: slope(d.clamp(-10, 10)),
+        "common",
+    ),
+    (
+        "nan-replaced",
+        "far in the wrong order the slope is -1, and yours is another number: use sigmoid, without a quotient",
+        lambda d: (-(-d).exp() / (1 + (-d).exp())).nan_to_num(),
+        "common",
+    ),
+    (
+        "flattened",
+        "d of another shape came back flat: the slope has the shape of d",
+        lambda d: slope(d).flatten(),
+        "common",
+    ),
+    (
+        "squeezed",
+        "squeeze dropped an axis of length 1: the slope has the shape of d",
+        lambda d: slope(d).squeeze(),
+        "common",
+    ),
+    (
+        "single-number-in-a-list",
+        "a single number d came back with an axis: the slope has the shape of d",
+        lambda d: slope(torch.atleast_1d(d)),
+        "common",
+    ),
+    (
+        "list-of-numbers",
+        "your loop takes d for a list of numbers: it may have any shape, or none",
+        lambda d: [slope(tensor(float(x))) for x in d],
+        "common",
+    ),
 )
 rs.right("-(1 - sigmoid)", lambda d: -(1 - d.double().sigmoid()))
+rs.right("autograd", lambda d: torch.autograd.grad(-logsigmoid(x := d.clone().requires_grad_()).sum(), x)[0])
+rs.right("nested lists", lambda d: slope(d).tolist())
 rs.right("numpy", lambda d: -1 / (1 + np.exp(d.numpy())))
 rs.right("(tanh(d/2) - 1)/2", lambda d: ((d / 2).tanh() - 1) / 2)
 
@@ -377,6 +541,8 @@ def last_token_index(tokens, pad_id):  # type: ignore[no-untyped-def]
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     return torch.where(tokens != pad_id, positions, -1).amax(1)
 
+
+_LONG_ROWS = tensor([[0] * 10 + [5] * 2990, [5] * 2500 + [0] * 500])
 
 _ROWS = tensor([[5, 3, 7, 2, 0, 0, 0], [0, 0, 4, 6, 2, 1, 1], [0, 0, 0, 9, 8, 1, 0], [4, 0, 0, 0, 0, 0, 0]])
 
@@ -399,12 +565,20 @@ lt = Question(
     "token: take the largest position whose token is not padding. The last column is padding in most rows of a batch. "
     "Counting real tokens, or searching the first padding token, goes wrong as soon as prompts are padded on the left, "
     "and a row without padding has no first padding token.",
-    probes=lambda f: [
-        f(_ROWS.clone(), 0),
-        f(tensor([[3, 3, 9, 9], [9, 9, 9, 3], [4, 9, 5, 6]]), 9),
-        f(tensor([[1, 2], [2, 2], [0, 1]]), -1),
-        f(tensor([[0, 4, 2, 0, 0], [3, 0, 0, 0, 0]]), 0),
-    ],
+    probes=in_two_steps(
+        lambda f: [
+            f(_ROWS.clone(), 0),
+            f(tensor([[3, 3, 9, 9], [9, 9, 9, 3], [4, 9, 5, 6]]), 9),
+            f(tensor([[1, 2], [2, 0], [0, 1]]), -1),
+            f(tensor([[0, 4, 2, 0, 0], [3, 0, 0, 0, 0]]), 0),
+            f(tensor([[0, 0, 4, 6, 1], [0, 3, 4, 6, 1]]), 0),
+        ],
+        lambda f: [
+            outcome(tensor([2999, 2499]), f, _LONG_ROWS.clone(), 0, rtol=0.0),
+            outcome(tensor([3]), f, _ROWS[:1].clone(), 0),
+        ],
+        last_token_index,
+    ),
 )
 
 
@@ -417,11 +591,14 @@ def _index(f: Any, rows: list[list[int]], pad_id: int, want: list[int], what: st
 def _(f: Any) -> None:
     _index(f, [[5, 3, 7, 2], [5, 3, 0, 0], [5, 0, 0, 0]], 0, [3, 1, 0], "rows of 4, 2 and 1 tokens")
     _index(f, [[8, 8, 1, 9], [8, 9, 9, 9]], 9, [2, 0], "pad_id 9")
+    _index(f, [[5, 3, 5, 0], [3, 3, 0, 0]], 0, [2, 1], "rows whose last token occurs twice")
+    _index(f, [[5, 3, 0, 0]], 0, [1], "a single row")
 
 
 @lt.case("padded on the left: prompts of different lengths", 1, "a count of the real tokens is not a position")
 def _(f: Any) -> None:
     _index(f, [[0, 0, 4, 6, 1], [0, 3, 4, 6, 1], [0, 0, 0, 0, 1]], 0, [4, 4, 4], "responses of equal length")
+    _index(f, _LONG_ROWS.tolist(), 0, [2999, 2499], "rows of 3000 tokens")
 
 
 @lt.case("on both sides at once", 1, "left-padded prompts, right-padded responses")
@@ -518,7 +695,70 @@ lt.plant(
         lambda tokens, pad: last_token_index(tokens, 0),
         "common",
     ),
+    (
+        "first-occurrence",
+        "you searched the row for the last real token and found its first occurrence: a token may occur twice",
+        lambda tokens, pad: [row.index([x for x in row if x != pad][-1]) for row in tokens.tolist()],
+        "common",
+    ),
+    (
+        "largest-token",
+        "this is where the largest token id stands: compare positions, not ids",
+        lambda tokens, pad: (_ok(tokens, pad) * tokens).argmax(1),
+        "common",
+    ),
+    (
+        "above-pad-id",
+        "you took only the ids above pad_id for real: every other id is real",
+        lambda tokens, pad: ((tokens > pad) * torch.arange(tokens.shape[1])).amax(1),
+        "common",
+    ),
+    (
+        "0-is-padding-too",
+        "id 0 counts as padding in your code even if pad_id is another one",
+        lambda tokens, pad: (_ok(tokens, pad) * _ok(tokens, 0) * torch.arange(tokens.shape[1])).amax(1),
+        "common",
+    ),
+    (
+        "side-guessed",
+        "you guessed from the last column on which side the batch is padded: one row may have both",
+        lambda tokens, pad: (
+            torch.full((len(tokens),), tokens.shape[1] - 1)
+            if bool(_ok(tokens, pad)[:, -1].all())
+            else _ok(tokens, pad).sum(1) - 1
+        ),
+        "common",
+    ),
+    (
+        "rows-flipped",
+        "flip(0) turns the order of the rows round; the positions are along axis 1",
+        lambda tokens, pad: tokens.shape[1] - 1 - _ok(tokens, pad).flip(0).flip(1).int().argmax(1),
+        "common",
+    ),
+    (
+        "negative-positions",
+        "your positions are negative, counted from the end: count from 0 at the start",
+        lambda tokens, pad: last_token_index(tokens, pad) - tokens.shape[1],
+        "common",
+    ),
+    (
+        "narrow-numbers",
+        "in long rows your positions overflow: use whole numbers of 64 bits",
+        lambda tokens, pad: (_ok(tokens, pad) * torch.arange(tokens.shape[1])).to(torch.uint8).amax(1),
+        "common",
+    ),
+    (
+        "squeezed",
+        "a batch of one row came back as a single number: the result has shape (B,)",
+        lambda tokens, pad: last_token_index(tokens, pad).squeeze(),
+        "common",
+    ),
 )
+lt.right(
+    "leading padding plus the number of real tokens",
+    lambda tokens, pad: (tokens == pad).int().cumprod(1).sum(1) + _ok(tokens, pad).sum(1) - 1,
+)
+lt.right("argmax of the running count", lambda tokens, pad: _ok(tokens, pad).int().cumsum(1).argmax(1))
 lt.right(
     "a loop", lambda tokens, pad: [max(t for t, token in enumerate(row) if token != pad) for row in tokens.tolist()]
 )
@@ -627,7 +867,10 @@ _EASY_TO_MISS = (  # rows with mean 0, with first entry 0, with largest entry 0,
     tensor([[0.0, 2.0, -2.0], [0.0, 1.0, -1.0], [0.0, 2.0, -2.0]]),
     tensor([[0.0, -1.0, -2.0], [1.0, 0.0, -1.0], [0.0, -1.0, -2.0]]),
     tensor([[0.0, 0.0, 0.0], [5.0, 5.0, 5.0]]),
+    torch.zeros(2, 3),
 )
+
+_MANY_PROMPTS = normal(120, 2, seed=5)
 
 sh = Question(
     id="reward_shift",
@@ -664,6 +907,10 @@ def _(f: Any) -> None:
         for i, j in itertools.combinations(range(scores.shape[1]), 2):
             old, new = -logsigmoid(scores[:, i] - scores[:, j]), -logsigmoid(got[:, i] - got[:, j])
             expect_close(new, old, f"losses of responses {i} against {j}", rtol=1e-3)
+    got = as_tensor(f(_MANY_PROMPTS.clone()), "scores")
+    expect_shape(got, tuple(_MANY_PROMPTS.shape), "scores")
+    old, new = (softplus(x[:, 1] - x[:, 0]) for x in (_MANY_PROMPTS, got))
+    expect_close(new, old, "losses of 120 prompts with two responses", rtol=0.02, atol=0.02)
 
 
 @sh.case(
@@ -672,20 +919,21 @@ def _(f: Any) -> None:
     "an amount for each prompt on its own, whatever its scores: what if two prompts have the same ones?",
 )
 def _(f: Any) -> None:
-    for scores in (_SCORES, *_EASY_TO_MISS):
+    for scores in (_SCORES, *_EASY_TO_MISS, _MANY_PROMPTS):
         moved = as_tensor(f(scores.clone()), "scores")
         expect_shape(moved, tuple(scores.shape), "scores")
+        require(torch.isfinite(moved).all(), f"{len(scores)} prompts: some of your scores are not finite")
         moved = moved - scores
         least = int(moved.abs().argmin())
         row, distance = least // scores.shape[1], moved.abs().min().item()
         require(distance >= 0.99, f"scores[{row}] = {show(scores[row])}: one of them moves by {distance:.4g} only")
-        for i, j in itertools.combinations(range(len(scores)), 2):
-            apart = (moved[i] - moved[j]).abs().max().item()
-            require(
-                apart >= 0.099,
-                f"scores[{i}] and scores[{j}] move by {show(moved[i])} and {show(moved[j])}, {apart:.3g} apart: "
-                "at least 0.1 is asked for",
-            )
+        apart = (moved[:, None] - moved).abs().amax(2).fill_diagonal_(math.inf)
+        i, j = divmod(int(apart.argmin()), len(apart))
+        require(
+            apart[i, j] >= 0.099,
+            f"scores[{i}] and scores[{j}] move by {show(moved[i])} and {show(moved[j])}, {apart[i, j]:.3g} apart: "
+            "at least 0.1 is asked for",
+        )
 
 
 sh.plant(
@@ -774,7 +1022,39 @@ sh.plant(
         lambda s: s + 1 + 0.001 * torch.arange(len(s))[:, None],
         "common",
     ),
+    (
+        "crowded",
+        "you divided the way from 1 to 2 among the prompts: with more than 11 of them the steps are below 0.1",
+        lambda s: s + torch.linspace(1, 2, len(s))[:, None],
+        "common",
+    ),
+    (
+        "from-0",
+        "the first prompt moves by 0: start counting at 1",
+        lambda s: s + torch.arange(len(s))[:, None],
+        "common",
+    ),
+    (
+        "times-the-largest",
+        "the amounts are multiples of the largest score: if all scores are 0, nothing moves",
+        lambda s: s + s.abs().max() * torch.arange(1, len(s) + 1)[:, None],
+        "common",
+    ),
+    (
+        "powers-of-10",
+        "the amounts grow as powers of 10: with many prompts they swallow the differences or overflow",
+        lambda s: s + 10.0 ** torch.arange(len(s))[:, None],
+        "common",
+    ),
+    (
+        "by-turns",
+        "the prompts move by two amounts in turn: the third moves as the first does",
+        lambda s: s + 1 + (torch.arange(len(s)) % 2)[:, None],
+        "common",
+    ),
 )
+sh.right("in steps of 1000", lambda s: s + 1000 * torch.arange(1, len(s) + 1)[:, None])
+sh.right("by the rank of their means", lambda s: s + 1 + s.mean(1).argsort().argsort()[:, None])
 sh.right(
     "down and up by turns",
     lambda s: s + (tensor([-1.0, 1.0]).repeat(len(s)) * torch.arange(1, 2 * len(s) + 1))[: len(s), None],
@@ -821,7 +1101,16 @@ gd = Question(
     "less. From 0 with step size 1 the gap is 2.26, 4.59, 6.91 and 9.21 after 10, 100, 1,000 and 10,000 steps, about "
     "log(steps). The loss does not pull the gap to 0; what keeps rewards small is early stopping, weight decay or a "
     "penalty.",
-    probes=lambda f: [float(f(0.0, 10, 1.0)), float(f(-2.0, 3, 0.5)), float(f(6.0, 40, 1.0)), float(f(1.0, 1, 2.0))],
+    probes=in_two_steps(
+        lambda f: [float(f(*x)) for x in ((0.0, 10, 1.0), (-2.0, 3, 0.5), (6.0, 40, 1.0), (1.0, 1, 2.0))],
+        lambda f: [
+            outcome(10.08691, f, 10.0, 2000, 1.0),
+            outcome(9.47683, f, 8.0, 100, 100.0),
+            outcome(12.47989, f, 12.0, 100, 1000.0),
+            outcome(1.5, f, 1.5, 0, 1.0),
+        ],
+        gap_after,
+    ),
 )
 
 
@@ -830,6 +1119,7 @@ def _(f: Any) -> None:
     for start, rate in ((0.0, 1.0), (-3.0, 1.0), (2.0, 0.5)):
         got = f(start, 1, rate)
         expect_close(got, _descend(start, 1, rate), f"from {start:g}, one step of size {rate:g}", rtol=1e-3, atol=6e-4)
+    expect_close(f(1.5, 0, 1.0), 1.5, "from 1.5, no step at all", rtol=1e-3)
 
 
 @gd.case("after 10 and 100 steps from 0", 1, "the slope changes with every step")
@@ -846,6 +1136,8 @@ def _(f: Any) -> None:
     expect_shape(got, (), "gap")
     require(got > 8.0, f"from 8, 300 steps of size 1: got {got:.4g}, expected more than 8")
     expect_close(got, _descend(8.0, 300, 1.0), "from 8, 300 steps of size 1", rtol=1e-3)
+    expect_close(f(10.0, 2000, 1.0), 10.08691, "from 10, 2000 steps of size 1", rtol=1e-3)
+    expect_close(f(12.0, 100, 1000.0), _descend(12.0, 100, 1000.0), "from 12, 100 steps of size 1000", rtol=1e-3)
 
 
 def _steps(rule: Any) -> Any:
@@ -860,6 +1152,20 @@ def _steps(rule: Any) -> Any:
 
 def _sig(x: float) -> float:
     return 1 / (1 + math.exp(-min(max(x, -500.0), 500.0)))
+
+
+def _descend_with_old_gradients(start: float, num_steps: int, learning_rate: float) -> float:
+    gap, slopes = start, 0.0
+    for _ in range(num_steps):
+        slopes += _sig(-gap)
+        gap += learning_rate * slopes
+    return gap
+
+
+def _descend_by_recursion(start: float, num_steps: int, learning_rate: float) -> float:
+    if num_steps == 0:
+        return start
+    return _descend_by_recursion(start + learning_rate * _sig(-start), num_steps - 1, learning_rate)
 
 
 gd.plant(
@@ -906,6 +1212,42 @@ gd.plant(
         lambda s, n, a: math.log(math.exp(s) + a * n),
         "common",
     ),
+    (
+        "gradients-added-up",
+        "the gradients of earlier steps are added to each new one: set the gradient to 0 before every step",
+        _descend_with_old_gradients,
+        "common",
+    ),
+    (
+        "ends-early",
+        "the steps end before num_steps of them are made: also the many small ones add up",
+        lambda s, n, a: gap_after(s, min(n, 1000), a),
+        "common",
+    ),
+    (
+        "no-push-at-9",
+        "beyond some large gap you made no more steps: the slope is 0 nowhere",
+        _steps(lambda x: _sig(-x) if x < 9 else 0.0),
+        "W-RM-2",
+    ),
+    (
+        "largest-gap",
+        "you clamped the gap: it has no largest value",
+        lambda s, n, a: min(gap_after(s, n, a), 10.0),
+        "W-RM-2",
+    ),
+    (
+        "recursion",
+        "your function calls itself for every step, and Python stops at about 1,000 such calls: use a loop",
+        _descend_by_recursion,
+        "common",
+    ),
+    (
+        "at-least-one-step",
+        "with num_steps = 0 no step is made: the gap is start",
+        lambda s, n, a: gap_after(s, max(n, 1), a),
+        "common",
+    ),
 )
 gd.right("autograd", _descend)
 gd.right(
@@ -946,9 +1288,11 @@ nc = Question(
     "better response is right with probability max(p, 1 - p) = sigmoid(|d|), and nothing is right more often. The "
     "expected loss of a prediction q is -p log q - (1 - p) log(1 - q), least at q = p, where it is the entropy of the "
     "label. A model that beats the ceiling on held-out labels has been lucky or has seen them.",
-    probes=lambda f: [
-        list(unpack(f(tensor(x)), 2, "probe")) for x in (_DIFFERENCES, [0.0, 4.0], [-1.0, -3.0, 0.5], [40.0])
-    ],
+    probes=in_two_steps(
+        lambda f: [list(unpack(f(tensor(x)), 2, "probe")) for x in (_DIFFERENCES, [0.0, 4.0], [-1.0, -3.0, 0.5])],
+        lambda f: [outcome(math.log(2) / 2, lambda x=x: f(tensor([x, 0.0]))[1]) for x in (20.0, 40.0, -40.0)],
+        noise_ceiling,
+    ),
 )
 
 
@@ -969,11 +1313,14 @@ def _(f: Any) -> None:
 
 @nc.case("the accuracy of the best of all rules", 2, "list the rules: for each pair, which response to name")
 def _(f: Any) -> None:
-    for d in (tensor(_DIFFERENCES), normal(4, seed=1), normal(3, seed=2) - 2):
+    for d in (tensor(_DIFFERENCES), normal(4, seed=1), normal(3, seed=2) - 2, tensor([0.0, 0.0, 2.0])):
         p = [1 / (1 + math.exp(-x)) for x in d.tolist()]
         rules = itertools.product((True, False), repeat=len(p))
         best = max(sum(x if first else 1 - x for x, first in zip(p, rule, strict=True)) / len(p) for rule in rules)
-        expect_close(_ceiling(f, d)[0], best, f"accuracy on {len(p)} pairs", rtol=2e-3)
+        ties = " with 2 ties" if len(d.unique()) < len(d) else ""
+        expect_close(_ceiling(f, d)[0], best, f"accuracy on {len(p)} pairs{ties}", rtol=2e-3)
+    for x in (40.0, -40.0):
+        expect_close(_ceiling(f, tensor([x, 0.0]))[0], 0.75, f"accuracy at differences ({x:g}, 0)", rtol=2e-3)
 
 
 @nc.case(
@@ -995,6 +1342,10 @@ def _right_loss(d: Tensor) -> Tensor:
 
 def _plogp(p: Tensor) -> Tensor:
     return (p * p.log()).mean()
+
+
+def _entropy_terms(p: Tensor) -> Tensor:
+    return -p * p.log() - (1 - p) * (1 - p).log()
 
 
 def _right_accuracy(d: Tensor) -> Tensor:
@@ -1094,6 +1445,45 @@ nc.plant(
         lambda d: (_right_accuracy(d), _right_loss(d) / math.log(2)),
         "common",
     ),
+    (
+        "ties-left-out",
+        "you left ties out of the accuracy: they are pairs, too, and each is right half of the time",
+        lambda d: (_right_accuracy(d[d != 0]) if bool(d.any()) else tensor(0.5), _right_loss(d)),
+        "common",
+    ),
+    (
+        "ties-always-wrong",
+        "a tie counts as wrong in your accuracy: whatever is named there is right half of the time",
+        lambda d: (((d > 0) * d.sigmoid() + (d < 0) * (-d).sigmoid()).mean(), _right_loss(d)),
+        "common",
+    ),
+    (
+        "entropy-of-the-mean",
+        "you averaged the probabilities before the entropy: each pair has its own",
+        lambda d: (_right_accuracy(d), _plogp(d.sigmoid().mean()).neg() - _plogp((-d).sigmoid().mean())),
+        "common",
+    ),
+    (
+        "clamped",
+        "a clamp keeps the probabilities away from 0 and 1: the loss of a pair that is nearly certain is nearly 0",
+        lambda d: (
+            _right_accuracy(d),
+            -_plogp(d.sigmoid().clamp(0.01, 0.99)) - _plogp((-d).sigmoid().clamp(0.01, 0.99)),
+        ),
+        "common",
+    ),
+    (
+        "nan-left-out",
+        "nanmean leaves out the pairs whose entropy gave nan: their loss is nearly 0, and they count",
+        lambda d: (_right_accuracy(d), _entropy_terms(d.sigmoid()).nanmean()),
+        "common",
+    ),
+    (
+        "per-pair",
+        "these are the numbers of every single pair: take their means",
+        lambda d: (d.abs().sigmoid(), torch.distributions.Bernoulli(logits=d).entropy()),
+        "common",
+    ),
 )
 
 
@@ -1120,11 +1510,32 @@ def ranking_loss(scores):  # type: ignore[no-untyped-def]
 
 def _ranking_probe(f: Any) -> list[Any]:
     out: list[Any] = []
-    for scores in (normal(2, 4, seed=1), normal(3, 3, seed=2), tensor([[-900.0, 0.0, 3.0]])):
+    for scores in (normal(2, 4, seed=1), normal(3, 3, seed=2), tensor([[1.0, 1.0, 0.0], [2.0, 2.0, 2.0]])):
         scores = scores.requires_grad_()
         losses = f(scores)
         out += [losses, gradient_or_none(losses, scores)]
     return out
+
+
+_ONE_SIDED = tensor([[200.0, 0.0, -1.0], [0.0, -1.0, -200.0]])  # two of three losses are 0 in float32
+
+
+def _pair_push(f: Any, difference: float) -> Tensor:
+    scores = tensor([[difference, 0.0], [0.0, difference]]).requires_grad_()
+    return gradient(f(scores), scores, "gradient")[0]
+
+
+def _ranking_unusual(f: Any) -> list[Any]:
+    return [
+        *(
+            outcome(tensor([2 * x / 3 + 0.2310490602] * 2), f, tensor([[-x, 0.0, 0.0]] * 2))
+            for x in (60.0, 900.0, 3000.0)
+        ),
+        outcome(tensor([-1.0, 1.0]), lambda: _pair_push(f, -3000.0)),
+        outcome(tensor([-1.0, 1.0]) * math.exp(-14), lambda: _pair_push(f, 14.0), atol=_FADED),
+        outcome(tensor([math.log1p(math.exp(-1)) / 3] * 2), f, _ONE_SIDED),
+        outcome(tensor([math.log(2)]), f, torch.zeros(1, 3)),
+    ]
 
 
 kw = Question(
@@ -1145,7 +1556,7 @@ kw = Question(
     "them from K forward passes. Their mean is the prompt's loss, so a prompt with many responses weighs no more than "
     "one with two. The pairs of a prompt stay in one batch element: spread over batches, each response would be seen "
     "K - 1 times per epoch, and the model overfits sooner.",
-    probes=_ranking_probe,
+    probes=in_two_steps(_ranking_probe, _ranking_unusual, ranking_loss),
 )
 
 
@@ -1155,6 +1566,7 @@ def _(f: Any) -> None:
     got = as_tensor(f(scores), "losses")
     expect_shape(got, (5,), "losses")
     expect_close(got, softplus(scores[:, 1] - scores[:, 0]), "losses of five prompts with two responses")
+    expect_close(f(torch.zeros(1, 2)), tensor([math.log(2)]), "losses of one prompt with two equal scores")
 
 
 @kw.case("all pairs, each once", 2, "the best against the worst is a pair, too")
@@ -1164,6 +1576,8 @@ def _(f: Any) -> None:
         pairs = list(itertools.combinations(range(size), 2))
         want = sum(softplus(scores[:, j] - scores[:, i]) for i, j in pairs) / len(pairs)
         expect_close(f(scores.clone()), want, f"losses of two prompts with {size} responses")
+    one = math.log1p(math.exp(-1)) / 3
+    expect_close(f(_ONE_SIDED.clone()), [one, one], "losses at scores (200, 0, -1) and (0, -1, -200)")
 
 
 @kw.case("every prompt weighs the same, whatever K", 1, "equal scores give log 2")
@@ -1185,6 +1599,10 @@ def _(f: Any) -> None:
          (push[3 * b][2] + push[3 * b + 1][2]) / 3] for b in range(2)
     ]  # fmt: skip
     expect_close(slope_, tensor(want), "gradient in scores (2, -1, 0.5) and (-900, 0, 1)")
+    far, loss = tensor([[-900.0, 0.0, 0.0], [-3000.0, 0.0, 0.0]]), math.log(2) / 3
+    expect_close(f(far), [600 + loss, 2000 + loss], "losses at scores (-900, 0, 0) and (-3000, 0, 0)")
+    expect_close(_pair_push(f, -3000.0), [-1.0, 1.0], "gradient in scores (-3000, 0)")
+    expect_close(_pair_push(f, 14.0), [-math.exp(-14), math.exp(-14)], "gradient in scores (14, 0)", atol=_FADED)
 
 
 def _differences(s: Tensor) -> Tensor:
@@ -1204,9 +1622,22 @@ def _plackett_luce(s: Tensor) -> Tensor:
     return (tails - s).sum(1)
 
 
-def _naive_ranking(s: Tensor) -> Tensor:
+def _ranking(loss: Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
     i, j = torch.triu_indices(s.shape[1], s.shape[1], offset=1)
-    return -(s[:, i] - s[:, j]).sigmoid().log().mean(1)
+    return loss(s[:, i] - s[:, j]).mean(1)
+
+
+def _ranking_by_mask(counts: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def f(s: Tensor) -> Tensor:
+        i, j = torch.triu_indices(s.shape[1], s.shape[1], offset=1)
+        mask = counts(s[:, i] - s[:, j])
+        return (-logsigmoid(s[:, i] - s[:, j]) * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    return f
+
+
+def _naive_ranking(s: Tensor) -> Tensor:
+    return _ranking(lambda difference: -difference.sigmoid().log(), s)
 
 
 kw.plant(
@@ -1283,7 +1714,7 @@ kw.plant(
     ),
     (
         "naive-log",
-        "not finite far in the wrong order, where sigmoid underflows: use logsigmoid",
+        "not finite far in the wrong order, where sigmoid underflows and exp overflows: use logsigmoid",
         _naive_ranking,
         "common",
     ),
@@ -1291,6 +1722,78 @@ kw.plant(
         "mean-difference",
         "you averaged the differences before the loss; the loss is not linear",
         lambda s: -logsigmoid((_differences(s) * _upper(s)).sum((1, 2)) / _upper(s).sum()),
+        "common",
+    ),
+    (
+        "better-detached",
+        "the better score of each pair is detached: right value, but nothing pushes it up",
+        lambda s: (-logsigmoid(s.detach()[:, :, None] - s[:, None, :]) * _upper(s)).sum((1, 2)) / _upper(s).sum(),
+        "common",
+    ),
+    (
+        "plackett-luce-mean",
+        "this is the Plackett-Luce loss, averaged over the K - 1 places: pairs are asked for",
+        lambda s: _plackett_luce(s) / (s.shape[1] - 1),
+        "common",
+    ),
+    (
+        "half-of-the-mean",
+        "you divided by K (K - 1): a ranking has half as many pairs",
+        lambda s: ranking_loss(s) / 2,
+        "common",
+    ),
+    (
+        "masked-before-the-loss",
+        "the differences that you set to 0 still cost log 2 each: mask the losses, not the differences",
+        lambda s: -logsigmoid(_differences(s) * _upper(s)).sum((1, 2)) / _upper(s).sum(),
+        "common",
+    ),
+    (
+        "sorted-by-score",
+        "you sorted the scores: the columns are the annotator's order, and the model may disagree",
+        lambda s: ranking_loss(s.sort(1, descending=True).values),
+        "common",
+    ),
+    (
+        "ties-left-out",
+        "pairs with equal scores are left out: such a pair costs log 2",
+        _ranking_by_mask(lambda difference: difference != 0),
+        "common",
+    ),
+    (
+        "zero-losses-left-out",
+        "you divided by the number of losses above 0: a loss that is rounded to 0 belongs to a pair, too",
+        _ranking_by_mask(lambda difference: -logsigmoid(difference) > 0),
+        "common",
+    ),
+    (
+        "capped-loss",
+        "a clamp, or a small number inside the logarithm, caps the loss of a pair far in the wrong order",
+        lambda s: _ranking(lambda difference: -(difference.sigmoid() + 1e-12).log(), s),
+        "common",
+    ),
+    (
+        "where",
+        "the value is right but nan is its gradient: torch.where differentiates the infinite branch, too",
+        lambda s: _ranking(_where_far, s),
+        "common",
+    ),
+    (
+        "generous-clamp",
+        "a clamp at a large number is still a clamp: beyond it the worst pair gets no push",
+        lambda s: _ranking(lambda difference: -logsigmoid(difference.clamp(-1000, 1000)), s),
+        "common",
+    ),
+    (
+        "clamped-above",
+        "the differences are clamped from above: the push on a pair in the right order fades, but it does not end",
+        lambda s: _ranking(lambda difference: -logsigmoid(difference.clamp(max=10)), s),
+        "W-RM-2",
+    ),
+    (
+        "squeezed",
+        "the loss of a single prompt came back as a number without an axis: squeeze drops it",
+        lambda s: ranking_loss(s).squeeze(),
         "common",
     ),
 )
@@ -1304,7 +1807,15 @@ def _ranking_by_loop(scores: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def _column_pairs(size: int) -> list[tuple[slice, list[int]]]:
+    return [(slice(None), list(pair)) for pair in itertools.combinations(range(size), 2)]
+
+
 kw.right("two loops, float64", _ranking_by_loop)
+kw.right(
+    "log-sum-exp of every pair",
+    lambda s: torch.stack([x.logsumexp(1) - x[:, 0] for x in map(s.__getitem__, _column_pairs(s.shape[1]))], 1).mean(1),
+)
 kw.right("a matrix of pairs", lambda s: _ranking_sum(s) * 2 / (s.shape[1] * (s.shape[1] - 1)))
 
 
@@ -1325,7 +1836,9 @@ def calibration_error(probabilities, outcomes, num_bins=10):  # type: ignore[no-
 
 _P = tensor([0.02, 0.11, 0.17, 0.31, 0.33, 0.38, 0.58, 0.72, 0.77, 0.93, 0.96, 1.0])
 _WINS = tensor([0, 0, 1, 0, 1, 0, 1, 1, 0, 1, 1, 0]) > 0
-_EDGES = tensor([0.0, 0.25, 0.5, 0.75])
+_EDGES, _EDGE_WINS = tensor([0.0, 0.25, 0.5, 0.75]), tensor([True, False, False, False])
+_FEW, _FEW_WINS = tensor([0.61, 0.61, 0.61, 0.01]), tensor([True, False, True, False])
+_CERTAIN, _CERTAIN_WINS = tensor([0.0, 1.0, 1.0]), tensor([False, True, True])
 _PRECISION = 6e-4  # three decimals
 
 ce = Question(
@@ -1346,7 +1859,7 @@ ce = Question(
     explanation="Calibrated means: of the pairs that get 70 %, 70 % are won. Bin the predictions, compare the mean "
     "prediction with the share of wins in each bin, and weigh the bins with their sizes. A model may rank perfectly and "
     "be badly calibrated: doubling all score differences changes no order, and a calibrated model becomes overconfident.",
-    probes=lambda f: [f(_P, _WINS, 5), f(_P[:5], _WINS[:5], 2), f(_P, _WINS), f(_EDGES, _WINS[2:6], 4)],
+    probes=lambda f: [f(_P, _WINS, 5), f(_P[:5], _WINS[:5], 2), f(_P, _WINS), f(_EDGES, _EDGE_WINS, 4)],
 )
 
 
@@ -1368,9 +1881,9 @@ def _(f: Any) -> None:
     "bins count by the number of their pairs; empty ones do not count", 1, "weigh each bin with its share of the pairs"
 )
 def _(f: Any) -> None:
-    got = f(tensor([0.61, 0.61, 0.61, 0.01]), tensor([True, False, True, False]), num_bins=2)
+    got = f(_FEW.clone(), _FEW_WINS.clone(), num_bins=2)
     expect_close(got, 3 / 4 * (2 / 3 - 0.61) + 1 / 4 * 0.01, "three pairs at .61, one at .01, 2 bins", atol=_PRECISION)
-    got = f(tensor([0.61, 0.61, 0.61, 0.01]), tensor([True, False, True, False]), num_bins=50)
+    got = f(_FEW.clone(), _FEW_WINS.clone(), num_bins=50)
     expect_close(got, 3 / 4 * (2 / 3 - 0.61) + 1 / 4 * 0.01, "the same in 50 bins, most of them empty", atol=_PRECISION)
 
 
@@ -1390,7 +1903,9 @@ def _(f: Any) -> None:
     got = f(p, wins)
     want = 3 / 4 * (2.95 / 3 - 2 / 3) + 1 / 4 * 0.15
     expect_close(got, want, "probabilities (1, 1, .95, .85), outcomes (1, 0, 1, 1)", atol=_PRECISION)
-    got = f(_EDGES, tensor([True, False, True, False]), num_bins=4)
+    got = f(_CERTAIN.clone(), _CERTAIN_WINS.clone())
+    expect_close(got, 0.0, "probabilities (0, 1, 1), outcomes (0, 1, 1)", atol=_PRECISION)
+    got = f(_EDGES.clone(), tensor([True, False, True, False]), num_bins=4)
     want = (1 + 0.25 + 0.5 + 0.75) / 4
     expect_close(got, want, "probabilities (0, .25, .5, .75), outcomes (1, 0, 1, 0), 4 bins", atol=_PRECISION)
 
@@ -1407,21 +1922,30 @@ def _calibration(
     default: int = 10,
     equal_mass: bool = False,
     closed_right: bool = False,
+    drop_0: bool = False,
+    rounded: bool = False,
+    wrap: bool = False,
+    own_bin: bool = False,
+    fixed: bool = False,
     confidence: bool = False,
 ) -> Any:
     def f(probabilities: Tensor, outcomes: Tensor, num_bins: int | None = None) -> Tensor:
-        n = num_bins or default
+        n = 10 if fixed else num_bins or default
         p, wins = probabilities.double(), outcomes.double()
         if confidence:
             p, wins = torch.maximum(p, 1 - p), ((p > 0.5) == outcomes).double()
         bins = (p * n + 1e-9).long()
         if closed_right:
-            bins = ((p * n - 1e-6).ceil().long() - 1).clamp(min=0)
+            bins = ((p * n - 1e-6).ceil().long() - 1).clamp(min=-1 if drop_0 else 0)
+        if rounded:
+            bins = (p * n).round().long()
+        if wrap:
+            bins = bins % n
         bins = bins.clamp(max=n - 1) if last else bins
         if equal_mass:
             bins = p.argsort().argsort() * n // len(p)
         gaps, sizes = [], []
-        for b in range(n):
+        for b in range(n + own_bin):
             inside = bins == b
             if inside.any():
                 mean = tensor((b + 0.5) / n).double() if centre else p[inside].mean()
@@ -1437,6 +1961,30 @@ def _calibration(
         return (size * gap**power).sum()
 
     return f
+
+
+def _calibration_closed_on_both_sides(probabilities: Tensor, outcomes: Tensor, num_bins: int = 10) -> float:
+    error, excess = 0.0, probabilities.double() - outcomes.double()
+    for b in range(num_bins):
+        inside = (probabilities >= b / num_bins) & (probabilities <= (b + 1) / num_bins)
+        error += float(excess[inside].sum().abs()) / len(excess)
+    return error
+
+
+def _calibration_by_bins(bins: Tensor, probabilities: Tensor, outcomes: Tensor, num_bins: int) -> float:
+    excess = probabilities.double() - outcomes.double()
+    bins = bins.long().clamp(0, num_bins - 1)
+    return float(torch.zeros(num_bins).double().index_add(0, bins, excess).abs().sum()) / len(excess)
+
+
+def _calibration_over_range(probabilities: Tensor, outcomes: Tensor, num_bins: int = 10) -> float:
+    p = probabilities.double()
+    bins = (p - p.min()) / (p.max() - p.min() + 1e-9) * num_bins
+    return _calibration_by_bins(bins, probabilities, outcomes, num_bins)
+
+
+def _calibration_over_upper_half(probabilities: Tensor, outcomes: Tensor, num_bins: int = 10) -> float:
+    return _calibration_by_bins((2 * probabilities - 1) * num_bins, probabilities, outcomes, num_bins)
 
 
 for _name, _says, _answer in [
@@ -1474,6 +2022,54 @@ for _name, _says, _answer in [
         "a probability on an edge fell into the bin below: each bin holds its lower edge",
         _calibration(closed_right=True),
     ),
+    (
+        "closed-on-both-sides",
+        "a probability on an edge counts in two bins: each bin holds its lower edge only",
+        _calibration_closed_on_both_sides,
+    ),
+    (
+        "zero-left-out",
+        "your bins hold their upper edges, and a probability of exactly 0 is in none of them",
+        _calibration(closed_right=True, drop_0=True),
+    ),
+    (
+        "bin-of-its-own",
+        "a probability of exactly 1 has a bin of its own: it belongs to the last one",
+        _calibration(last=False, own_bin=True),
+    ),
+    (
+        "one-in-the-first-bin",
+        "a probability of exactly 1 fell into the first bin: it belongs to the last one",
+        _calibration(wrap=True),
+    ),
+    (
+        "rounded",
+        "you rounded p * num_bins to the nearest number: a bin begins at its lower edge, so round down",
+        _calibration(rounded=True),
+    ),
+    ("bins-fixed", "the number of bins is fixed in your code; it is an argument", _calibration(fixed=True)),
+    (
+        "from-least-to-largest",
+        "your bins run from the least to the largest probability: they cut the whole of [0, 1]",
+        _calibration_over_range,
+    ),
+    (
+        "upper-half-only",
+        "your bins run from 0.5 to 1: here the probabilities go down to 0",
+        _calibration_over_upper_half,
+    ),
+    (
+        "clamped",
+        "you moved the probabilities 0 and 1: they need no clamp, as no logarithm is taken",
+        lambda probabilities, outcomes, num_bins=10: calibration_error(
+            probabilities.clamp(0.001, 0.999), outcomes, num_bins
+        ),
+    ),
+    (
+        "percent",
+        "this is in percent: a share between 0 and 1 is asked for",
+        lambda probabilities, outcomes, num_bins=10: 100 * calibration_error(probabilities, outcomes, num_bins),
+    ),
     ("other-default", "the default number of bins is 10", _calibration(default=5)),
     (
         "per-pair",
@@ -1502,5 +2098,14 @@ def _calibration_by_count(probabilities: Tensor, outcomes: Tensor, num_bins: int
 
 ce.right("numpy bincount", _calibration_by_count)
 ce.right("all bins at once, float64", _calibration())
+ce.right(
+    "bucketize",
+    lambda probabilities, outcomes, num_bins=10: _calibration_by_bins(
+        torch.bucketize(probabilities, torch.linspace(0, 1, num_bins + 1)[1:-1], right=True),
+        probabilities,
+        outcomes,
+        num_bins,
+    ),
+)
 
 CHAPTER: Sequence[Question] = (bt, rs, lt, ba, sh, gd, nc, kw, ce)
