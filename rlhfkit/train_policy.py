@@ -151,7 +151,7 @@ def train_ppo(
     config, device = config or PPOConfig(), device_of(policy)
     reference = _frozen(task, device)
     both = nn.ModuleDict({"policy": policy, "value": value}).eval()
-    optimizer = torch.optim.Adam(both.parameters(), lr=config.lr, eps=config.adam_eps)
+    optimizer = torch.optim.Adam(both.parameters(), lr=config.lr, eps=config.adam_eps, fused=True)
     recipe = {"loop": "ppo", "steps": steps, "group_size": group_size, "beta": task.beta, "ptx_coef": ptx_coef}
     recipe |= asdict(config) | {"kl_controller": vars(kl_controller) if kl_controller is not None else None}
     run = Run(both, [optimizer], recipe, checkpoint, save_every, generator)
