@@ -13,6 +13,8 @@ from rlhfkit.models import GPTConfig, KVCache, Policy
 from rlhfkit.tasks import ExactTask, Rollout
 from rlhfkit.validation import require_in
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 def truncate_logits(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
@@ -82,6 +84,30 @@ def _logits_from(policy: Any, tokens: Tensor, start: int, cache: KVCache | None 
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One number per row, each with its probability: the draws of ``torch.multinomial`` in half of its time.
+
+    A race of clocks: if clock v rings after an exponential time of rate p_v, the first one to ring is v with
+    probability p_v / sum_u p_u, the least of such times being exponential with the summed rate. Torch draws so, too, a
+    random number at a time; on the CPU all at once is faster.
+
+    Args:
+        probabilities: (B, V), at least 0, rows sum to 1.
+        generator: source of randomness, on the device of ``probabilities``.
+
+    Returns:
+        (B, 1), integers.
+
+    Raises:
+        RuntimeError: if a probability is not finite.
+    """
+    if probabilities.device.type != "cpu" or not torch.isfinite(probabilities.sum()):
+        return torch.multinomial(probabilities.contiguous(), 1, generator=generator)  # numbers go by order of memory
+    shape, device = probabilities.shape, probabilities.device
+    waits = -torch.log1p(-torch.rand(shape, generator=generator, dtype=torch.float64, device=device))
+    return (probabilities / waits.to(probabilities.dtype).clamp(min=TINY)).argmax(1, keepdim=True)
+
+
 @torch.no_grad()
 def sample(
     policy: Policy,
@@ -130,8 +156,7 @@ def sample(
         logits = _logits_from(policy, sequences[:, cache.used if cache else 0 : t], -1, cache)[:, 0]
         logprobs = log_softmax(logits)
         drawn = logprobs if as_it_is else log_softmax(truncate_logits(logits, temperature, top_k, top_p))
-        chances = drawn.exp().contiguous()  # multinomial deals out its random numbers in the order of memory
-        tokens = torch.multinomial(chances, 1, generator=generator)
+        tokens = draw(drawn.exp(), generator)
         both = torch.cat([logprobs.gather(1, tokens), drawn.gather(1, tokens)], 1)
         columns.append(torch.where(alive.unsqueeze(1), both, torch.zeros_like(both)))
         mask[:, t - start] = alive

@@ -14,6 +14,7 @@ from rlhfkit.exact import enumerate_responses
 from rlhfkit.models import GPT, GPTConfig, ScalarModel, TabularPolicy, TabularValue
 from rlhfkit.sampling import (
     all_logprobs,
+    draw,
     logits_and_values,
     response_logprobs,
     response_values,
@@ -466,7 +467,42 @@ def test_values_alone_are_those_beside_the_logits(response_values=response_value
     assert response_values(copy.deepcopy(value).to(torch.bfloat16), prompts, tokens).dtype == torch.float32
 
 
+def test_draw_gives_the_draws_of_multinomial_and_leaves_its_generator(draw=draw):
+    """In both precisions, in memory that goes along the rows and in memory that goes across them."""
+    cases = itertools.product((torch.float32, torch.float64), ((3000, 2), (500, 6), (64, 350), (1, 5)), range(3))
+    for dtype, shape, seed in cases:
+        probabilities = (3 * normal(*shape)).softmax(-1).to(dtype)
+        ours, torchs = (torch.Generator().manual_seed(seed) for _ in range(2))
+        found = draw(probabilities, ours)
+        assert found.dtype == torch.int64
+        assert torch.equal(found, torch.multinomial(probabilities, 1, generator=torchs))
+        assert torch.equal(ours.get_state(), torchs.get_state())
+        across = draw(probabilities.T.contiguous().T, torch.Generator().manual_seed(seed))
+        assert torch.equal(across, found)
+
+
+def test_draw_never_gives_what_has_probability_0(draw=draw):
+    """Not even where the random number is 0, and with it the wait."""
+    probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.75]]).repeat(4, 1)
+    with mock.patch.object(torch, "rand", lambda *size, **_: torch.zeros(*size, dtype=torch.float64)):
+        assert probabilities.gather(1, draw(probabilities, torch.Generator())).min() > 0
+
+
+def test_draw_refuses_what_is_no_distribution(draw=draw):
+    for bad in (math.nan, math.inf):
+        probabilities = torch.tensor([[0.5, bad], [0.5, 0.5]])
+        raises(RuntimeError, lambda p=probabilities: draw(p, torch.Generator()), "nan")
+
+
 PLANTED = {
+    "draw": {
+        "random numbers in single precision": edited(draw, ("torch.float64", "torch.float32")),
+        "the last clock": edited(draw, (".argmax(", ".argmin(")),
+        "waits without a floor": edited(draw, (".clamp(min=TINY)", "")),
+        "uniform waits": edited(draw, ("-torch.log1p(-", "(")),
+        "nan goes through": edited(draw, (" or not torch.isfinite(probabilities.sum())", "")),
+        "another generator": edited(draw, ("generator=generator, dtype", "dtype")),
+    },
     "sample": {
         "eos does not count": _sample(
             ("            alive = alive & (tokens[:, 0] != eos_id)\n", "            pass\n"),
@@ -477,12 +513,11 @@ PLANTED = {
             ),
         ),
         "goes on after eos": _sample(("alive = alive & (tokens[:, 0] != eos_id)", "pass")),
-        "greedy": _sample(("torch.multinomial(chances, 1, generator=generator)", "drawn.argmax(-1, keepdim=True)")),
-        "log-probabilities as weights": _sample(("drawn.exp().contiguous()", "-drawn.contiguous()")),
-        "draws from the model itself": _sample(("drawn.exp().contiguous()", "logprobs.exp().contiguous()")),
-        "random numbers in another order": _sample(("drawn.exp().contiguous()", "drawn.exp()")),
+        "greedy": _sample(("draw(drawn.exp(), generator)", "drawn.argmax(-1, keepdim=True)")),
+        "log-probabilities as weights": _sample(("drawn.exp()", "-drawn")),
+        "draws from the model itself": _sample(("drawn.exp()", "logprobs.exp()")),
         "temperature left in": _sample(("logprobs = log_softmax(logits)\n", "logprobs = log_softmax(logits / 0.9)\n")),
-        "global generator": _sample((", generator=generator)", ")")),
+        "global generator": _sample(("drawn.exp(), generator)", "drawn.exp(), torch.default_generator)")),
         "reads the first position": _sample((", -1, cache)[:, 0]", ", 0, cache)[:, 0]")),
         "forgets what it drew": _sample(("torch.where(alive, tokens[:, 0], sequences[:, t])", "fill")),
         "padding keeps its log-probability": _sample(
