@@ -105,7 +105,7 @@ def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
         return torch.multinomial(probabilities.contiguous(), 1, generator=generator)  # numbers go by order of memory
     shape, device = probabilities.shape, probabilities.device
     waits = -torch.log1p(-torch.rand(shape, generator=generator, dtype=torch.float64, device=device))
-    return (probabilities / waits.to(probabilities.dtype).clamp(min=TINY)).argmax(1, keepdim=True)
+    return (probabilities.contiguous() / waits.to(probabilities.dtype).clamp(min=TINY)).argmax(1, keepdim=True)
 
 
 @torch.no_grad()
