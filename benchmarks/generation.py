@@ -166,8 +166,9 @@ def reading_the_cache() -> tuple[float, float]:
     length = 2 * PROMPT + 128
     whole = torch.randn(2 * layers, BATCH["small"], heads, length, width // heads)
     cut = whole[:, :, :, : length - PROMPT]  # as the cache is read: its filled part
-    runs = sorted(timed(lambda: [x.sum() for x in cut])() for _ in range(15))
-    return runs[7] / cut.shape[3], cut.numel() * cut.element_size() / runs[7]
+    run = timed(lambda: [x.sum() for x in cut])
+    seconds = statistics.median(run() for _ in range(15))
+    return seconds / cut.shape[3], cut.numel() * cut.element_size() / seconds
 
 
 def without_cache(rounds: int) -> None:

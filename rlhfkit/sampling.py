@@ -81,7 +81,11 @@ def _logits_from(policy: Any, tokens: Tensor, start: int, cache: KVCache | None 
         logits = policy.unembed(hidden[:, start:])
     else:
         logits = policy.logits(tokens)[:, start:]
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return _at_least_float32(logits)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
@@ -101,11 +105,12 @@ def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     Raises:
         RuntimeError: if a probability is not finite.
     """
+    probabilities = probabilities.contiguous()  # multinomial deals out its random numbers in the order of memory
     if probabilities.device.type != "cpu" or not torch.isfinite(probabilities.sum()):
-        return torch.multinomial(probabilities.contiguous(), 1, generator=generator)  # numbers go by order of memory
+        return torch.multinomial(probabilities, 1, generator=generator)
     shape, device = probabilities.shape, probabilities.device
     waits = -torch.log1p(-torch.rand(shape, generator=generator, dtype=torch.float64, device=device))
-    return (probabilities.contiguous() / waits.to(probabilities.dtype).clamp(min=TINY)).argmax(1, keepdim=True)
+    return (probabilities / waits.to(probabilities.dtype).clamp(min=TINY)).argmax(1, keepdim=True)
 
 
 @torch.no_grad()
@@ -212,8 +217,7 @@ def logits_and_values(policy: Any, value: Any, prompts: Tensor, tokens: Tensor) 
         logits, values = policy.unembed(hidden), value.from_hidden(hidden)
     else:
         logits, values = policy.logits(sequences)[:, last:-1], value.values(sequences)[:, last:-1]
-    half = logits.dtype in (torch.bfloat16, torch.float16)
-    return (logits.float(), values.float()) if half else (logits, values)
+    return _at_least_float32(logits), _at_least_float32(values)
 
 
 def response_values(value: Any, prompts: Tensor, tokens: Tensor) -> Tensor:
@@ -227,8 +231,7 @@ def response_values(value: Any, prompts: Tensor, tokens: Tensor) -> Tensor:
     Returns:
         (B, T), reward units, with gradient, in float32 or better; what stands at padding means nothing.
     """
-    values = value.values(torch.cat([prompts, tokens], dim=1))[:, prompts.shape[1] - 1 : -1]
-    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+    return _at_least_float32(value.values(torch.cat([prompts, tokens], dim=1))[:, prompts.shape[1] - 1 : -1])
 
 
 def all_logprobs(policy: Policy, task: ExactTask) -> Tensor:

@@ -616,7 +616,7 @@ PLANTED = {
         "any trunk is the policy's": _both((" and value.trunk is policy:", ":")),
         "no gradient from the values": _both(("value.from_hidden(hidden)", "value.from_hidden(hidden.detach())")),
         "no gradient from the logits": _both(("policy.unembed(hidden)", "policy.unembed(hidden.detach())")),
-        "half stays half": _both(("(logits.float(), values.float()) if half else", "")),
+        "half stays half": _both(("_at_least_float32(logits), _at_least_float32(values)", "logits, values")),
         "response before the prompt": _both(("[prompts, tokens]", "[tokens, prompts]")),
     },
     "response_values": {
@@ -624,7 +624,7 @@ PLANTED = {
         "prompt included": edited(response_values, ("prompts.shape[1] - 1 : -1", ":-1")),
         "response before the prompt": edited(response_values, ("[prompts, tokens]", "[tokens, prompts]")),
         "no gradient": lambda *a: response_values(*a).detach() + 0 * response_values(*a),
-        "half stays half": edited(response_values, ("values.float() if", "values if")),
+        "half stays half": edited(response_values, ("return _at_least_float32(", "return (")),
         "by way of the logits": lambda value, *a: logits_and_values(value.trunk, value, *a)[1],
     },
     "all_logprobs": {

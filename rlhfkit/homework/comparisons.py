@@ -91,8 +91,9 @@ def expect_close(
     x, y = as_tensor(got, what), torch.as_tensor(want).detach().double()
     if x.shape != y.shape:
         reject(f"{what}: got shape {tuple(x.shape)}, expected {tuple(y.shape)}")
-    elif not torch.allclose(x, y, rtol=rtol, atol=atol):
-        off, place = ~torch.isclose(x, y, rtol=rtol, atol=atol), ""
+        return
+    off, place = ~(torch.isclose(x, y, rtol=rtol, atol=atol) & torch.isfinite(x)), ""
+    if off.any():
         if x.numel() > SHOWN and not off.flatten()[:SHOWN].any():  # the first entries are right: show the first wrong
             index = [int(i) for i in off.nonzero()[0]]
             x, y, place = x[tuple(index)], y[tuple(index)], f" at {index}"
@@ -130,11 +131,11 @@ def keeps_inputs(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, (Tensor, np.ndarray, list))]
-        copies = [_copy(x) for x in given]
+        kept = [_copy(x) for x in given]
         tensors = [x for x in given if isinstance(x, Tensor)]
         traced = [_trace(x) for x in tensors]
         result = function(*args, **kwargs)
-        for now, before in zip(given, copies, strict=True):
+        for now, before in zip(given, kept, strict=True):
             what = {Tensor: "a tensor", list: "a list"}.get(type(now), "an array")
             require(_unchanged(now, before), f"your function changed {what} that it was given: work on a copy")
         require(
