@@ -134,7 +134,8 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
-    return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
+    finite = logprobs.clamp(min=-1e4)  # p is 0 there in any precision, and 0 log 0 is to be 0, with a gradient of 0
+    return -(logprobs.exp() * finite).sum(-1)
 
 
 def token_logprobs_and_entropy(

@@ -51,11 +51,12 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
         ValueError: if shapes or dtypes are wrong, or with ``dim=None`` if nothing is selected.
     """
     total = masked_sum(x, mask, dim)
-    if dim is None:
-        if not mask.any():
-            raise ValueError(f"mask: all {mask.numel()} entries are False, expected at least one True for a mean")
-        return total / mask.sum()
-    return total / mask.sum(dim).clamp(min=1)
+    if dim is not None:
+        return total / mask.sum(dim).clamp(min=1)
+    count = mask.sum()
+    if not count:
+        raise ValueError(f"mask: all {mask.numel()} entries are False, expected at least one True for a mean")
+    return total / count
 
 
 def masked_var(x: Tensor, mask: Tensor) -> Tensor:

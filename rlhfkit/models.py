@@ -6,6 +6,7 @@ over responses, the optimal one included. The transformer behind the same call i
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from rlhfkit.gpt import GPT, GPTConfig, KVCache, ScalarModel
 
-__all__ = ["GPT", "GPTConfig", "KVCache", "Policy", "ScalarModel", "TabularPolicy", "TabularValue"]
+__all__ = ["GPT", "GPTConfig", "KVCache", "Policy", "RowCache", "ScalarModel", "TabularPolicy", "TabularValue"]
 
 
 class Policy(Protocol):
@@ -26,6 +27,20 @@ class Policy(Protocol):
     def parameters(self) -> object:
         """What an optimiser takes."""
         ...
+
+
+@dataclass
+class RowCache:
+    """What a tabular policy remembers of the tokens it has seen, as a GPT remembers keys and values.
+
+    Attributes:
+        prompts, rows: (B,), the prompt and the row of the table after the last token, counted within the prompt.
+        used: number of tokens seen so far, the prompt included.
+    """
+
+    prompts: Tensor
+    rows: Tensor
+    used: int = 0
 
 
 class TabularPolicy(nn.Module):
@@ -64,28 +79,54 @@ class TabularPolicy(nn.Module):
 
     def prefixes(self, tokens: Tensor) -> Tensor:
         """Row of the table that each position reads: (B, L) -> (B, L), L <= T + 1; -1 after a full response."""
-        columns = [torch.zeros_like(tokens[:, 0])]
-        for token in tokens[:, 1:].unbind(1):  # row r of the table is followed by the rows V r + 1 to V r + V
-            columns.append(self.vocab_size * columns[-1] + 1 + token)
-        rows = torch.stack(columns, 1)
-        rows[:, self.max_length :] = -1
-        return rows
+        rows = self._rows_after(torch.zeros_like(tokens[:, 0]), tokens[:, 1:])
+        return rows.masked_fill(rows >= self.table.shape[1], -1)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: RowCache | None = None) -> Tensor:
         """All that a table needs to know of the tokens so far: the number of a row, counted through all prompts.
 
         Args:
-            tokens: (B, L), integers, 1 <= L <= T + 1; ``tokens[:, 0]`` numbers the prompt.
+            tokens: (B, L), integers, 1 <= L <= T + 1; ``tokens[:, 0]`` numbers the prompt. With a cache the L tokens
+                after those it has seen; what follows the first ones is generated, and not checked.
+            cache: of :meth:`new_cache`; it moves on by the tokens.
 
         Returns:
             (B, L), integers, M times the prompt plus :meth:`prefixes`; P M after a full response.
 
         Raises:
-            ValueError: if the sequence is too long, or a prompt or token is out of range.
+            ValueError: if the sequence is too long, a prompt or token is out of range, or the cache of another size.
         """
-        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= self.max_length + 1:
-            expected = f"(B, L) with 1 <= L <= {self.max_length + 1}"
-            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected {expected}")
+        self._require_readable(tokens, cache)
+        if cache is None or not cache.used:
+            prompts, rows = tokens[:, 0], self._rows_after(torch.zeros_like(tokens[:, 0]), tokens[:, 1:])
+        else:
+            prompts, rows = cache.prompts, self._rows_after(cache.rows, tokens)[:, 1:]
+        if cache is not None:
+            cache.prompts, cache.rows, cache.used = prompts, rows[:, -1], cache.used + tokens.shape[1]
+        count = self.table.shape[1]
+        return torch.where(rows < count, prompts.unsqueeze(1) * count + rows, self.num_prompts * count)
+
+    def new_cache(self, batch: int, length: int) -> RowCache:
+        """An empty cache for ``batch`` rows of up to ``length`` tokens, the prompt included: all need the same room."""
+        empty = torch.zeros(batch, dtype=torch.int64, device=self.table.device)
+        return RowCache(empty, empty)
+
+    def _rows_after(self, row: Tensor, tokens: Tensor) -> Tensor:
+        """From the row of a prefix, (B,), to its row and those after each further token, (B, 1 + L)."""
+        columns = [row]
+        for token in tokens.unbind(1):  # row r of the table is followed by the rows V r + 1 to V r + V
+            columns.append(self.vocab_size * columns[-1] + 1 + token)
+        return torch.stack(columns, 1)
+
+    def _require_readable(self, tokens: Tensor, cache: RowCache | None) -> None:
+        used = 0 if cache is None else cache.used
+        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= self.max_length + 1 - used:
+            got = f"{tuple(tokens.shape)} after {used} in the cache" if used else f"{tuple(tokens.shape)}"
+            raise ValueError(f"tokens: got shape {got}, expected (B, L) with 1 <= L <= {self.max_length + 1 - used}")
+        if cache is not None and len(tokens) != len(cache.rows):
+            raise ValueError(f"tokens: got {len(tokens)} rows, expected the {len(cache.rows)} of the cache")
+        if used:
+            return
         prompts, response = tokens[:, 0], tokens[:, 1:]
         for x, count, what in ((prompts, self.num_prompts, "prompts"), (response, self.vocab_size, "response tokens")):
             if x.numel():
@@ -94,8 +135,6 @@ class TabularPolicy(nn.Module):
                     where = " (first column)" if x is prompts else ""
                     got = f"[{int(low)}, {int(high)}]"
                     raise ValueError(f"tokens: got {what} in {got}{where}, expected [0, {count - 1}]")
-        rows, count = self.prefixes(tokens), self.table.shape[1]
-        return torch.where(rows >= 0, prompts.unsqueeze(1) * count + rows, self.num_prompts * count)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits of the next token: (B, L) of :meth:`hidden` -> (B, L, V)."""

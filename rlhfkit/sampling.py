@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rlhfkit.logprobs import log_softmax, next_token_logprobs, sequence_logprobs
-from rlhfkit.models import GPTConfig, KVCache, Policy
+from rlhfkit.models import GPTConfig, KVCache, Policy, RowCache, TabularPolicy
 from rlhfkit.tasks import ExactTask, Rollout
 from rlhfkit.validation import require_in
 
@@ -74,7 +74,7 @@ def _require_prompts(policy: Any, prompts: Tensor, max_length: int) -> None:
         raise ValueError(f"prompts, max_length: got {got}, expected at most n_positions = {limit} together")
 
 
-def _logits_from(policy: Any, tokens: Tensor, start: int, cache: KVCache | None = None) -> Tensor:
+def _logits_from(policy: Any, tokens: Tensor, start: int, cache: KVCache | RowCache | None = None) -> Tensor:
     """Logits after position ``start`` and all later ones, in float32 or better; the earlier ones cost nothing."""
     if hasattr(policy, "unembed"):
         hidden = policy.hidden(tokens) if cache is None else policy.hidden(tokens, cache)
@@ -82,6 +82,17 @@ def _logits_from(policy: Any, tokens: Tensor, start: int, cache: KVCache | None 
     else:
         logits = policy.logits(tokens)[:, start:]
     return _at_least_float32(logits)
+
+
+def _log_table(policy: Any, reads: int) -> Tensor | None:
+    """Log-probabilities at all rows of a tabular policy, (P M + 1, V), if there are fewer of them than reads.
+
+    A large batch reads a row many times: to normalise the table before is then less work than all that was read after.
+    """
+    if not isinstance(policy, TabularPolicy) or reads <= (last := policy.table[..., 0].numel()):
+        return None
+    logits = policy.unembed(torch.arange(last + 1, device=policy.table.device))
+    return log_softmax(_at_least_float32(logits)).contiguous()  # row by row in memory, as it is read
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -156,11 +167,16 @@ def sample(
     alive = torch.ones_like(mask[:, 0])
     cache = policy.new_cache(batch, start + max_length) if use_cache and hasattr(policy, "new_cache") else None
     as_it_is = temperature == 1 and top_k is None and top_p is None
+    log_table = _log_table(policy, batch * max_length) if as_it_is else None
     columns = []
     for t in range(start, start + max_length):
-        logits = _logits_from(policy, sequences[:, cache.used if cache else 0 : t], -1, cache)[:, 0]
-        logprobs = log_softmax(logits)
-        drawn = logprobs if as_it_is else log_softmax(truncate_logits(logits, temperature, top_k, top_p))
+        unread = sequences[:, cache.used if cache else 0 : t]
+        if log_table is not None:
+            logprobs = drawn = log_table.index_select(0, cast(TabularPolicy, policy).hidden(unread, cache)[:, -1])
+        else:
+            logits = _logits_from(policy, unread, -1, cache)[:, 0]
+            logprobs = log_softmax(logits)
+            drawn = logprobs if as_it_is else log_softmax(truncate_logits(logits, temperature, top_k, top_p))
         tokens = draw(drawn.exp(), generator)
         both = torch.cat([logprobs.gather(1, tokens), drawn.gather(1, tokens)], 1)
         columns.append(torch.where(alive.unsqueeze(1), both, torch.zeros_like(both)))
@@ -194,6 +210,10 @@ def response_logprobs(policy: Policy, prompts: Tensor, tokens: Tensor, temperatu
         raise ValueError(f"prompts, tokens: got shapes {got}, expected (B, L0), (B, T)")
     require_in("temperature", temperature, 0, open_low=True)
     sequences, last = torch.cat([prompts, tokens], dim=1), prompts.shape[1] - 1  # the response is predicted from here
+    log_table = _log_table(policy, tokens.numel()) if temperature == 1 else None
+    if log_table is not None:
+        chosen = log_table.shape[1] * cast(TabularPolicy, policy).hidden(sequences)[:, last:-1] + tokens
+        return log_table.flatten().index_select(0, chosen.flatten()).view(tokens.shape)
     logits = _logits_from(policy, sequences, last)
     return next_token_logprobs(logits if temperature == 1 else logits / temperature, sequences[:, last:])
 

@@ -66,6 +66,31 @@ def test_what_a_table_needs_to_know_is_the_number_of_a_row_and_later_positions_c
     close(policy.unembed(hidden[:, 2:]), policy.logits(tokens)[:, 2:])
 
 
+def test_a_cache_takes_up_where_the_tokens_before_ended(TabularPolicy=TabularPolicy):
+    """In pieces of every size, up to a whole response; two batches do not disturb each other."""
+    policy = marked(TabularPolicy)
+    tokens = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 1], [1, 1, 1, 0]])
+    for sizes in ((1, 1, 1, 1), (2, 2), (1, 3), (3, 1), (4,)):
+        caches, parts = [policy.new_cache(3, 4), policy.new_cache(2, 4)], [[], []]
+        for piece in tokens.split(sizes, 1):
+            for cache, rows, found in zip(caches, (piece, piece[1:].flip(0)), parts, strict=True):
+                found.append(policy.hidden(rows, cache))
+        assert torch.cat(parts[0], 1).equal(policy.hidden(tokens)), sizes
+        assert torch.cat(parts[1], 1).equal(policy.hidden(tokens[1:].flip(0))), sizes
+        assert [cache.used for cache in caches] == [4, 4]
+
+
+def test_a_cache_refuses_another_batch_and_tokens_after_the_last(TabularPolicy=TabularPolicy):
+    policy, tokens = marked(TabularPolicy), torch.tensor([[0, 1, 0, 1], [1, 0, 1, 1]])
+    cache = policy.new_cache(2, 4)
+    raises(ValueError, lambda: policy.hidden(tokens[:1, :2], cache), "tokens", "1 rows", "2")
+    raises(ValueError, lambda: policy.hidden(torch.tensor([[0], [2]]), cache), "tokens", "[0, 2]", "[0, 1]")
+    policy.hidden(tokens[:, :3], cache)
+    raises(ValueError, lambda: policy.hidden(tokens[:1, 3:], cache), "tokens", "1 rows", "2")
+    raises(ValueError, lambda: policy.hidden(tokens[:, 2:], cache), "tokens", "(2, 2) after 3", "L <= 1")
+    assert policy.hidden(tokens[:, 3:], cache).equal(policy.hidden(tokens)[:, 3:])  # no refused token was taken in
+
+
 def test_gradient_reaches_the_rows_that_were_read_and_no_other(TabularPolicy=TabularPolicy):
     policy = marked(TabularPolicy)
     policy.logits(torch.tensor([[1, 0, 1, 1]])).sum().backward()
@@ -150,8 +175,22 @@ PLANTED = {
             ("self.vocab_size * columns[-1] + 1", "self.count_prefixes(self.vocab_size, len(columns))"),
         ),
         "one row for all prompts": edited(TabularPolicy, ("prompts.unsqueeze(1) * count", "0 * prompts.unsqueeze(1)")),
-        "sees one token ahead": edited(
-            TabularPolicy, ("tokens[:, 1:].unbind(1)", "tokens[:, 1:].roll(-1, 1).unbind(1)")
+        "sees one token ahead": edited(TabularPolicy, ("tokens.unbind(1)", "tokens.roll(-1, 1).unbind(1)")),
+        "a cache forgets its tokens": edited(
+            TabularPolicy, ("cache.rows, cache.used = prompts, rows[:, -1]", "_, cache.used = prompts, 0")
+        ),
+        "a cache forgets its prompts": edited(TabularPolicy, ("cache.prompts, cache.rows,", "_, cache.rows,")),
+        "a cache remembers its first row": edited(TabularPolicy, ("rows[:, -1], cache.used", "rows[:, 0], cache.used")),
+        "a cache counts pieces": edited(TabularPolicy, ("cache.used + tokens.shape[1]", "cache.used + 1")),
+        "a cache gives its last row again": edited(
+            TabularPolicy, ("(cache.rows, tokens)[:, 1:]", "(cache.rows, tokens)[:, :-1]")
+        ),
+        "a cache of another batch is read": edited(TabularPolicy, ("len(tokens) != len(cache.rows)", "False")),
+        "a cache goes on after the last token": edited(
+            TabularPolicy, ("tokens.shape[1] <= self.max_length + 1 - used:", "tokens.shape[1] <= self.max_length + 1:")
+        ),
+        "nothing is checked before a cache": edited(
+            TabularPolicy, ("        if used:\n", "        if cache is not None:\n")
         ),
         "table not copied": edited(TabularPolicy, ("table.detach().clone()", "table.detach()")),
         "last row read after a full response": edited(
@@ -192,4 +231,4 @@ PLANTED = {
         "no gradient": edited(TabularValue, (READ, "_rows(self.table.detach(), hidden)")),
     },
 }
-EXEMPT = {"Policy"}
+EXEMPT = {"Policy", "RowCache"}

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from planting import close, edited, f64, leaf, normal, raises
+from rlhfkit import sampling
 from rlhfkit.exact import enumerate_responses
+from rlhfkit.logprobs import log_softmax
 from rlhfkit.models import GPT, GPTConfig, ScalarModel, TabularPolicy, TabularValue
 from rlhfkit.sampling import (
     all_logprobs,
@@ -362,6 +364,50 @@ def test_response_logprobs_at_a_temperature_are_those_of_the_scaled_logits(respo
     raises(ValueError, lambda: response_logprobs(policy, prompts, tokens, 0.0), "temperature", "0.0")
 
 
+def test_sample_reads_a_table_that_was_normalised_once(sample=sample):
+    """A large batch reads more than a table has rows: the same rollout, for less work. A small one reads less."""
+    policy, seen = policy_of(), []
+
+    def spied(logits):
+        seen.append(tuple(logits.shape))
+        return log_softmax(logits)
+
+    for batch, eos_id, settings in itertools.product((8, 100), (None, 1), ({}, {"temperature": 0.5}, {"top_k": 2})):
+        prompts = torch.arange(2).repeat(batch // 2).unsqueeze(1)
+        rollouts = []
+        for use_cache, table in itertools.product((True, False), (sampling._log_table, lambda *_: None)):
+            with mock.patch.object(sampling, "_log_table", table), mock.patch.object(sampling, "log_softmax", spied):
+                seen.clear()
+                one = sample(policy, prompts, 3, generator=generator(), eos_id=eos_id, use_cache=use_cache, **settings)
+            rollouts.append(one)
+            if table is sampling._log_table and not settings:
+                assert seen == ([(27, 3)] if batch == 100 else [(batch, 3)] * 3)
+        for other in rollouts[1:]:
+            assert other.tokens.equal(rollouts[0].tokens) and other.response_mask.equal(rollouts[0].response_mask)
+            close(other.logprobs, rollouts[0].logprobs, atol=1e-14, rtol=0)
+            close(other.sampling_logprobs, rollouts[0].sampling_logprobs, atol=1e-14, rtol=0)
+
+
+def test_many_responses_have_the_log_probabilities_of_each_alone(response_logprobs=response_logprobs):
+    """Numbers and gradient, where a table is normalised before it is read and where it is not."""
+    tokens, _ = enumerate_responses(3, 3)
+    tokens = tokens.repeat(2, 1)[:, :2]
+    prompts, weights = torch.arange(2).repeat_interleave(27).unsqueeze(1), normal(54, 2)
+    for length in (1, 2):  # the second time with a first token in the prompt
+        x, y = (prompts, tokens) if length == 1 else (torch.cat([prompts, tokens[:, :1]], 1), tokens)
+        together, apart = policy_of(), policy_of()
+        many = response_logprobs(together, x, y)
+        alone = torch.cat([response_logprobs(apart, *pair) for pair in zip(x.split(1), y.split(1), strict=True)])
+        close(many, alone, atol=1e-14, rtol=0)
+        (weights * many).sum().backward()
+        (weights * alone).sum().backward()
+        close(together.table.grad, apart.table.grad, atol=1e-13, rtol=0)
+    half = response_logprobs(policy_of().bfloat16(), prompts, tokens)
+    assert half.dtype == torch.float32 and (half.bfloat16().float() != half).any()
+    exact = response_logprobs(policy_of(), prompts, tokens, temperature=2.0)
+    close(exact[:1], response_logprobs(policy_of(), prompts[:1], tokens[:1], temperature=2.0))
+
+
 def _sample(*changes):
     return edited(sample, *changes)
 
@@ -519,6 +565,10 @@ PLANTED = {
         "temperature left in": _sample(("logprobs = log_softmax(logits)\n", "logprobs = log_softmax(logits / 0.9)\n")),
         "global generator": _sample(("drawn.exp(), generator)", "drawn.exp(), torch.default_generator)")),
         "reads the first position": _sample((", -1, cache)[:, 0]", ", 0, cache)[:, 0]")),
+        "reads the first row of a table": _sample(("(unread, cache)[:, -1]", "(unread, cache)[:, 0]")),
+        "a table also where logits are truncated": _sample((" if as_it_is else None", "")),
+        "a table for few responses": _sample(("_log_table(policy, batch * max_length)", "_log_table(policy, 10**9)")),
+        "no table for many responses": _sample(("_log_table(policy, batch * max_length)", "_log_table(policy, 0)")),
         "forgets what it drew": _sample(("torch.where(alive, tokens[:, 0], sequences[:, t])", "fill")),
         "padding keeps its log-probability": _sample(
             ("torch.where(alive.unsqueeze(1), both, torch.zeros_like(both))", "both")
@@ -591,7 +641,14 @@ PLANTED = {
             ("_logits_from(policy, sequences, last)", "_logits_from(policy, sequences, last).roll(-1, 1)"),
         ),
         "multiplied by the temperature": edited(response_logprobs, ("logits / temperature", "logits * temperature")),
-        "temperature ignored": edited(response_logprobs, ("if temperature == 1 else", "if True else")),
+        "temperature ignored": edited(response_logprobs, ("logits if temperature == 1 else", "logits if True else")),
+        "temperature ignored in a table": edited(response_logprobs, (" if temperature == 1 else None", "")),
+        "a table read a token late": edited(
+            response_logprobs, ("(sequences)[:, last:-1]", "(sequences)[:, last + 1 :]")
+        ),
+        "a table without gradient": edited(
+            response_logprobs, ("log_table.flatten()", "(log_table.detach() + 0 * log_table).flatten()")
+        ),
         "no gradient": lambda *a: response_logprobs(*a).detach() + 0 * response_logprobs(*a),
         "response before the prompt": edited(response_logprobs, ("[prompts, tokens]", "[tokens, prompts]")),
     },
