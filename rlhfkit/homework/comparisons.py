@@ -203,6 +203,18 @@ def gradient_or_none(value: Any, x: Tensor) -> Tensor | str:
         return "no gradient"
 
 
+def expect_constant(result: Tensor, what: str, x: Tensor) -> None:
+    """Fail unless ``result``, which carries a gradient elsewhere, has none in ``x``, called ``what`` in the message."""
+    (slope,) = torch.autograd.grad(result.sum(), x, allow_unused=True, retain_graph=True)
+    steepest = 0.0 if slope is None else slope.abs().max().item()
+    require(steepest == 0.0, f"the gradient in {what} must be 0, got {steepest:.4g}")
+
+
+def is_distribution(p: Tensor, tolerance: float = 5e-3) -> bool:
+    """Whether numbers that a learner wrote down, rounded, are probabilities: none below 0, the sum 1."""
+    return bool((p >= 0).all() and abs(p.sum().item() - 1) < tolerance)
+
+
 def describe(x: Any) -> str:
     """A learner's object in a few words: its type, and its shape, length or text."""
     if isinstance(x, Tensor):

@@ -18,7 +18,7 @@ import torch
 import rlhfkit
 from rlhfkit import homework
 from rlhfkit.homework import messages, progress, run_limits
-from rlhfkit.homework.comparisons import Fail, expect_close, keeps_inputs
+from rlhfkit.homework.comparisons import Fail, expect_close, expect_constant, is_distribution, keeps_inputs
 from rlhfkit.homework.core import QUESTIONS, Verdict
 
 
@@ -172,6 +172,22 @@ def test_a_gradient_that_an_input_has_already_must_not_grow():
     assert keeps_inputs(lambda x: torch.autograd.grad(x.sum(), x)[0])(x).tolist() == [1.0, 1.0]
     with pytest.raises(Fail, match=r"requires_grad or \.grad"):
         keeps_inputs(lambda x: x.square().sum().backward())(x)
+
+
+def test_a_result_may_not_depend_on_what_has_to_be_constant():
+    x, c = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    expect_constant(x * c.detach(), "c", c)
+    expect_constant(x * c - x.detach() * c, "c", c)  # in the graph, with a slope of 0
+    with pytest.raises(Fail, match="the gradient in c must be 0, got 2"):
+        expect_constant(2 * x * c, "c", c)
+
+
+def test_a_distribution_is_not_negative_and_sums_to_1_as_far_as_it_was_rounded():
+    assert is_distribution(torch.tensor([0.33, 0.33, 0.34])) and is_distribution(torch.tensor([0.0, 1.0]))
+    assert is_distribution(torch.tensor([0.333, 0.333, 0.333]))
+    assert not is_distribution(torch.tensor([0.333, 0.333, 0.333]), 1e-6)
+    for wrong in ([0.5, 0.49], [0.5, 0.51], [-0.1, 1.1], [float("nan"), 1.0]):
+        assert not is_distribution(torch.tensor(wrong))
 
 
 @pytest.mark.parametrize("spoil", [lambda x: x.zero_(), lambda x: x.resize_(0), lambda x: x.copy_(x / 0)])

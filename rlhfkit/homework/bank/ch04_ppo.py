@@ -16,10 +16,12 @@ from rlhfkit.homework.comparisons import (
     Fail,
     as_tensor,
     expect_close,
+    expect_constant,
     expect_shape,
     gradient,
     gradient_or_none,
     in_two_steps,
+    is_distribution,
     normal,
     numbers,
     outcome,
@@ -29,14 +31,6 @@ from rlhfkit.homework.comparisons import (
     unpack,
 )
 from rlhfkit.homework.core import Question
-
-
-def _expect_constant(result: Any, what: str, x: Tensor) -> None:
-    """Fail unless the result, which carries a gradient elsewhere, has none in ``x``."""
-    (slope,) = torch.autograd.grad(result.sum(), x, allow_unused=True, retain_graph=True)
-    steepest = 0.0 if slope is None else slope.abs().max().item()
-    require(steepest == 0.0, f"the gradient in {what} must be 0, got {steepest:.4g}")
-
 
 # -- the importance weight of a response -----------------------------------------------------------------
 
@@ -182,8 +176,8 @@ def _(f: Any) -> None:
     value = f(logprobs, old, scores, torch.ones_like(old, dtype=torch.bool))
     slope = gradient(value, logits, "gradient in the logits")
     require(slope.abs().max() > 1e-6, "the gradient in the logits is 0")
-    _expect_constant(value, "old_logprobs", old)
-    _expect_constant(value, "scores", scores)
+    expect_constant(value, "old_logprobs", old)
+    expect_constant(value, "scores", scores)
 
 
 @of.case("padding has no weight", 1, "compare with each response alone, cut to its length")
@@ -470,10 +464,6 @@ def _three_lists(answer: Any) -> list[Tensor]:
     return parts
 
 
-def _is_law(p: Tensor) -> bool:
-    return bool((p >= 0).all() and abs(p.sum().item() - 1) < 5e-3)
-
-
 def _largest_weight(p: Tensor, q: Tensor) -> float:
     return (p[q > 0] / q[q > 0]).max().item()
 
@@ -489,8 +479,8 @@ def _support_kind(parts: list[Tensor]) -> str:
     for law, name in ((p, "p"), (q, "q")):
         if (law < 0).any():
             return f"{name} is negative"
-    if not _is_law(p) or not _is_law(q):
-        return "p is no distribution" if not _is_law(p) else "q is no distribution"
+    if not is_distribution(p) or not is_distribution(q):
+        return "p is no distribution" if not is_distribution(p) else "q is no distribution"
     truth, weighted = _means(p, q, f)
     lost = (q == 0) & (p * f != 0)
     if not lost.any():
@@ -534,7 +524,9 @@ sb = Question(
 def _(parts: Any) -> None:
     p, q, _ = parts
     for law, name in ((p, "p"), (q, "q")):
-        require(_is_law(law), f"{name} = {show(law)} is no distribution: entries at least 0, sum {law.sum():.4g}")
+        require(
+            is_distribution(law), f"{name} = {show(law)} is no distribution: entries at least 0, sum {law.sum():.4g}"
+        )
     largest = _largest_weight(p, q)
     require(largest <= 2.001, f"the largest weight is {largest:.4g}, expected at most 2")
 
@@ -544,7 +536,7 @@ def _(parts: Any) -> None:
 )
 def _(parts: Any) -> None:
     p, q, f = parts
-    require(_is_law(p) and _is_law(q), "p and q must be distributions")
+    require(is_distribution(p) and is_distribution(q), "p and q must be distributions")
     truth, weighted = _means(p, q, f)
     require(
         truth >= 0.1 - 1e-6 and weighted <= -0.1 + 1e-6,
@@ -945,8 +937,8 @@ def _(f: Any) -> None:
     losses = f(logprobs, old, advantages)
     slope = gradient(losses, logprobs, "gradient in logprobs")
     require(slope.abs().max() > 1e-3, "the gradient in logprobs is 0")
-    _expect_constant(losses, "old_logprobs", old)
-    _expect_constant(losses, "advantages", advantages)
+    expect_constant(losses, "old_logprobs", old)
+    expect_constant(losses, "advantages", advantages)
 
 
 def _loss_of(choose: Callable[[Tensor, Tensor, float], Tensor], ratio: str = "exp") -> Callable[..., Tensor]:
@@ -1570,8 +1562,8 @@ def _(f: Any) -> None:
         losses = f(values, old, returns, **options)
         slope = gradient(losses, values, "gradient in values")
         require(slope.abs().max() > 1e-3, "the gradient in values is 0")
-        _expect_constant(losses, "returns", returns)
-        _expect_constant(losses, "old_values", old)
+        expect_constant(losses, "returns", returns)
+        expect_constant(losses, "old_values", old)
 
 
 def _value_with(

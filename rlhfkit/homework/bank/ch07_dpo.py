@@ -20,6 +20,7 @@ from rlhfkit.homework.comparisons import (
     expect_shape,
     gradient,
     gradient_or_none,
+    is_distribution,
     lines,
     normal,
     numbers,
@@ -1413,10 +1414,6 @@ def _ref_and_policy(f: Any, K: float) -> tuple[Tensor, Tensor]:
     return ref, pi
 
 
-def _is_law(p: Tensor) -> bool:
-    return bool((p >= 0).all() and abs(p.sum().item() - 1) < 1e-6)
-
-
 def _not_positive(p: Tensor) -> str:
     return "negative numbers, and no probability is below 0" if (p < 0).any() else "a probability of 0"
 
@@ -1431,8 +1428,8 @@ def _far_kind(ref: Tensor, pi: Tensor, K: float) -> str:
     """What is wrong with a reference and a policy, in words that do not depend on their numbers."""
     if (ref <= 0).all() and (pi <= 0).all():
         return "logarithms"
-    if not ((ref > 0).all() and (pi > 0).all() and _is_law(ref) and _is_law(pi)):
-        return f"{(ref < 0).any()} {(pi < 0).any()} {(ref > 0).all()} {(pi > 0).all()} {_is_law(ref)} {_is_law(pi)}"
+    if not ((ref > 0).all() and (pi > 0).all() and is_distribution(ref, 1e-6) and is_distribution(pi, 1e-6)):
+        return f"{(ref < 0).any()} {(pi < 0).any()} {(ref > 0).all()} {(pi > 0).all()} {is_distribution(ref, 1e-6)} {is_distribution(pi, 1e-6)}"
     small, far = _is_small_and_far(ref, pi, K)
     if small and far:
         return "right" if ref.min() >= _floor(K) else "below the floor"
@@ -1495,7 +1492,7 @@ def _(f: Any) -> None:
         ref, pi = _ref_and_policy(f, K)
         for x, name in ((ref, "ref"), (pi, "pi")):
             require((x > 0).all(), f"K = {K:g}: {name} = {_shown(x)}: expected positive numbers")
-            require(_is_law(x), f"K = {K:g}: {name} = {_shown(x)} sums to {x.sum():.7f}, expected 1")
+            require(is_distribution(x, 1e-6), f"K = {K:g}: {name} = {_shown(x)} sums to {x.sum():.7f}, expected 1")
         least = _floor(K)
         require(
             ref.min() >= least, f"K = {K:g}: ref = {_shown(ref)}: expected nothing below exp(-3 K - 10) = {least:.3g}"
@@ -1519,7 +1516,7 @@ def _(f: Any) -> None:
         for x, name in ((ref, "ref"), (pi, "pi")):
             require((x >= 0).all(), f"K = {K:g}: {name} = {_shown(x)} has {_not_positive(x)}")
         require((ref > 0).all(), f"K = {K:g}: ref = {_shown(ref)} has a 0, so the KL is not finite")
-        require(_is_law(ref) and _is_law(pi), f"K = {K:g}: ref or pi is no distribution")
+        require(is_distribution(ref, 1e-6) and is_distribution(pi, 1e-6), f"K = {K:g}: ref or pi is no distribution")
         kl, most = _loss_and_kl(ref, pi)[1], -ref.min().log().item()
         require(kl > K, f"K = {K:g}: the KL is {kl:.3f}; with your reference it can be {most:.3f} at most")
 

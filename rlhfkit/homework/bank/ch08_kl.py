@@ -16,9 +16,11 @@ from rlhfkit.homework.comparisons import (
     as_tensor,
     describe,
     expect_close,
+    expect_constant,
     expect_shape,
     gradient,
     gradient_or_none,
+    is_distribution,
     lines,
     normal,
     require,
@@ -1019,10 +1021,6 @@ def _two_lists(answer: Any) -> list[Tensor]:
     return [q, p]
 
 
-def _is_law(p: Tensor) -> bool:
-    return bool((p >= 0).all() and abs(p.sum().item() - 1) < 5e-3)
-
-
 def _kl_and_k3(q: Tensor, p: Tensor) -> tuple[float, float]:
     """KL(q || p) and the mean of k3 over what q writes; both infinite where p misses a part of it."""
     drawn = q > 0
@@ -1034,8 +1032,8 @@ def _kl_and_k3(q: Tensor, p: Tensor) -> tuple[float, float]:
 
 def _hole_kind(parts: list[Tensor]) -> str:
     q, p = parts
-    if not _is_law(q) or not _is_law(p):
-        return "q is no distribution" if not _is_law(q) else "p is no distribution"
+    if not is_distribution(q) or not is_distribution(p):
+        return "q is no distribution" if not is_distribution(q) else "p is no distribution"
     kl, k3_mean = _kl_and_k3(q, p)
     if kl == math.inf:
         return "infinite"
@@ -1077,7 +1075,9 @@ sp = Question(
 def _(parts: Any) -> None:
     q, p = parts
     for law, name in ((q, "q"), (p, "p")):
-        require(_is_law(law), f"{name} = {show(law)} is no distribution: entries at least 0, sum {law.sum():.4g}")
+        require(
+            is_distribution(law), f"{name} = {show(law)} is no distribution: entries at least 0, sum {law.sum():.4g}"
+        )
     kl = _kl_and_k3(q, p)[0]
     require(0.01 <= kl < math.inf, f"KL(q || p) is {kl:.4g}, expected a finite number of at least 0.01")
 
@@ -1085,7 +1085,7 @@ def _(parts: Any) -> None:
 @sp.case("the mean of k3 over samples of q is below half the KL", 2, "where does E_q[p/q] = 1 fail?")
 def _(parts: Any) -> None:
     q, p = parts
-    require(_is_law(q) and _is_law(p), "q and p must be distributions")
+    require(is_distribution(q) and is_distribution(p), "q and p must be distributions")
     kl, k3_mean = _kl_and_k3(q, p)
     require(0.01 <= kl < math.inf, f"KL(q || p) is {kl:.4g}")
     require(
@@ -1157,13 +1157,6 @@ def off_policy_kl(logprobs, old_logprobs, ref_logprobs):  # type: ignore[no-unty
     """A loss of samples of old, with the mean gradient of KL(pi || ref). Three tensors of one shape -> that shape."""
     ratio = torch.exp(logprobs - old_logprobs).detach()
     return ratio * (logprobs - ref_logprobs.detach()).square() / 2
-
-
-def _expect_constant(result: Any, what: str, x: Tensor) -> None:
-    """Fail unless the result, which carries a gradient elsewhere, has none in ``x``."""
-    (slope,) = torch.autograd.grad(result.sum(), x, allow_unused=True, retain_graph=True)
-    steepest = 0.0 if slope is None else slope.abs().max().item()
-    require(steepest == 0.0, f"the gradient in {what} must be 0, got {steepest:.4g}")
 
 
 def _three_laws(seed: int, size: int = 5, far: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -1259,8 +1252,8 @@ def _(f: Any) -> None:
     losses = f(logits.log_softmax(0), old, ref)
     slope = gradient(losses, logits, "gradient in the logits")
     require(slope.abs().max() > 1e-6, "the gradient in the logits is 0")
-    _expect_constant(losses, "old_logprobs", old)
-    _expect_constant(losses, "ref_logprobs", ref)
+    expect_constant(losses, "old_logprobs", old)
+    expect_constant(losses, "ref_logprobs", ref)
 
 
 @op.case("one loss per sample, from its own three log-probabilities", 1, "averaging is the caller's choice")
