@@ -8,6 +8,7 @@ Random GPT-2 weights of the same shape on both sides, fp32, one thread, 16 promp
 temperature 1 without truncation and without an end-of-sequence token. The peer lives in an environment of its own
 (`pip install torch==2.13.0`, then `pip install transformers==5.23.0`), in a process that waits while ours is timed:
 the two alternate, and only the ratio of neighbours counts. The quoted ratio is the median over rounds, peer / ours.
+The part by length runs in fp32 and under bfloat16 autocast, which halves the memory of keys and values.
 """
 
 from __future__ import annotations
@@ -88,8 +89,10 @@ def compare(name: str, ours: Callable[[], float], peer: Callable[[], float] | No
         print(f"{name}: peer / ours {describe([b / a for a, b in pairs])}", flush=True)
 
 
-def kit(shape: str, positions: int | None = None, use_cache: bool = True) -> Callable[[int], object]:
-    """Our generation, as a function of the number of new tokens."""
+def kit(
+    shape: str, positions: int | None = None, use_cache: bool = True, half: bool = False
+) -> Callable[[int], object]:
+    """Our generation, as a function of the number of new tokens; ``half``: under bfloat16 autocast."""
     import torch
 
     from rlhfkit.models import GPT, GPTConfig
@@ -100,7 +103,12 @@ def kit(shape: str, positions: int | None = None, use_cache: bool = True) -> Cal
     layers, width, heads, vocab, limit = SHAPES[shape]
     model = GPT(GPTConfig(vocab, positions or limit, width, layers, heads)).eval()
     prompts, generator = torch.randint(2, vocab, (BATCH[shape], PROMPT)), torch.Generator().manual_seed(0)
-    return lambda new: sample(model, prompts, new, generator=generator, use_cache=use_cache)
+
+    def run(new: int) -> object:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return sample(model, prompts, new, generator=generator, use_cache=use_cache)
+
+    return run
 
 
 def transformers_generate(shape: str) -> Callable[[], float]:
@@ -132,11 +140,12 @@ def transformers_generate(shape: str) -> Callable[[], float]:
     return timed(run)
 
 
-def by_length(rounds: int) -> None:
+def by_length(rounds: int, half: bool) -> None:
     """Seconds of T new tokens, batch 64, and the cost of one step fitted as a + b * length."""
     import torch
 
-    run = kit("small", positions=PROMPT + max(LENGTHS))
+    name = "bf16" if half else "fp32"
+    run = kit("small", positions=PROMPT + max(LENGTHS), half=half)
     run(16)
     times: dict[int, list[float]] = {new: [] for new in LENGTHS}
     for _ in range(rounds):
@@ -148,27 +157,25 @@ def by_length(rounds: int) -> None:
     a, b = torch.linalg.lstsq(design / medians[:, None], torch.ones(len(LENGTHS), 1, dtype=torch.float64)).solution
     for i, new in enumerate(LENGTHS):
         fitted = (design[i] @ torch.cat([a, b])).item()
-        print(f"{new} tokens: {describe(times[new], ' s')}, fitted {fitted:.3f} s")
-    print(f"step = {1e3 * a.item():.2f} ms + {1e6 * b.item():.1f} us * length")
+        print(f"{name}, {new} tokens: {describe(times[new], ' s')}, fitted {fitted:.3f} s")
+    print(f"{name}: step = {1e3 * a.item():.2f} ms + {1e6 * b.item():.1f} us * length")
     ratios = [two / one for one, two in zip(times[64], times[128], strict=True)]
-    print(f"128 tokens / 64 tokens {describe(ratios)} (aim: at most 2.2)")
-    read, rate = reading_the_cache()
-    costs = [a.item() * n + read * (PROMPT * n + n * (n - 1) / 2) for n in (64, 128)]
-    print(f"keys and values read once, nothing else: {1e6 * read:.1f} us * length ({rate / 1e9:.1f} GB/s)")
-    print(f"128 tokens / 64 tokens if attention cost no more than that: {costs[1] / costs[0]:.2f}", flush=True)
+    print(f"{name}: 128 tokens / 64 tokens {describe(ratios)} (aim: at most 2.2)", flush=True)
 
 
-def reading_the_cache() -> tuple[float, float]:
-    """Seconds per position to add up what attention has to read in every step, and the bytes per second of it."""
+def reading_the_cache() -> None:
+    """The rate at which what attention has to read in every step can be added up, where it fits into a cache or not."""
     import torch
 
     layers, width, heads, _, _ = SHAPES["small"]
-    length = 2 * PROMPT + 128
-    whole = torch.randn(2 * layers, BATCH["small"], heads, length, width // heads)
-    cut = whole[:, :, :, : length - PROMPT]  # as the cache is read: its filled part
-    run = timed(lambda: [x.sum() for x in cut])
-    seconds = statistics.median(run() for _ in range(15))
-    return seconds / cut.shape[3], cut.numel() * cut.element_size() / seconds
+    for length in (32, 64, 96, 128, 160, 320):  # filled part of a cache with room for a prompt more
+        whole = torch.randn(2 * layers, BATCH["small"], heads, length + PROMPT, width // heads)
+        cut = whole[:, :, :, :length]
+        run = timed(lambda x=cut: [part.sum() for part in x])
+        run()
+        seconds, size = statistics.median(run() for _ in range(15)), cut.numel() * cut.element_size()
+        rate, per_position = size / seconds / 1e9, 1e6 * seconds / length
+        print(f"reading {length} positions, {size / 1e6:.0f} MB: {rate:.1f} GB/s, {per_position:.1f} us a position")
 
 
 def without_cache(rounds: int) -> None:
@@ -198,7 +205,9 @@ def main() -> None:
         if peer:
             peer.close()
     if "length" in parts:
-        by_length(min(arguments.rounds, 5))
+        for half in (False, True):
+            by_length(arguments.rounds, half)
+        reading_the_cache()
     if "cache" in parts:
         without_cache(min(arguments.rounds, 2))
 

@@ -80,7 +80,8 @@ class TabularPolicy(nn.Module):
     def prefixes(self, tokens: Tensor) -> Tensor:
         """Row of the table that each position reads: (B, L) -> (B, L), L <= T + 1; -1 after a full response."""
         rows = self._rows_after(torch.zeros_like(tokens[:, 0]), tokens[:, 1:])
-        return rows.masked_fill(rows >= self.table.shape[1], -1)
+        rows[:, self.max_length :] = -1
+        return rows
 
     def hidden(self, tokens: Tensor, cache: RowCache | None = None) -> Tensor:
         """All that a table needs to know of the tokens so far: the number of a row, counted through all prompts.
@@ -94,7 +95,8 @@ class TabularPolicy(nn.Module):
             (B, L), integers, M times the prompt plus :meth:`prefixes`; P M after a full response.
 
         Raises:
-            ValueError: if the sequence is too long, a prompt or token is out of range, or the cache of another size.
+            ValueError: if the sequence is too long, the cache is of another batch, or a prompt or token that is checked
+                is out of range.
         """
         self._require_readable(tokens, cache)
         if cache is None or not cache.used:
@@ -102,12 +104,12 @@ class TabularPolicy(nn.Module):
         else:
             prompts, rows = cache.prompts, self._rows_after(cache.rows, tokens)[:, 1:]
         if cache is not None:
-            cache.prompts, cache.rows, cache.used = prompts, rows[:, -1], cache.used + tokens.shape[1]
+            cache.prompts, cache.rows, cache.used = prompts.clone(), rows[:, -1], cache.used + tokens.shape[1]
         count = self.table.shape[1]
         return torch.where(rows < count, prompts.unsqueeze(1) * count + rows, self.num_prompts * count)
 
     def new_cache(self, batch: int, length: int) -> RowCache:
-        """An empty cache for ``batch`` rows of up to ``length`` tokens, the prompt included: all need the same room."""
+        """An empty cache for ``batch`` rows. It takes the same room for every ``length``, so any will do."""
         empty = torch.zeros(batch, dtype=torch.int64, device=self.table.device)
         return RowCache(empty, empty)
 
@@ -119,10 +121,12 @@ class TabularPolicy(nn.Module):
         return torch.stack(columns, 1)
 
     def _require_readable(self, tokens: Tensor, cache: RowCache | None) -> None:
-        used = 0 if cache is None else cache.used
-        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= self.max_length + 1 - used:
-            got = f"{tuple(tokens.shape)} after {used} in the cache" if used else f"{tuple(tokens.shape)}"
-            raise ValueError(f"tokens: got shape {got}, expected (B, L) with 1 <= L <= {self.max_length + 1 - used}")
+        used, limit = 0 if cache is None else cache.used, self.max_length + 1
+        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= limit - used:
+            got, expected = f"shape {tuple(tokens.shape)}", f"(B, L) with 1 <= L <= {limit}"
+            if used:
+                got, expected = f"{got} after {used} in the cache", f"(B, L) with L >= 1, and at most {limit} together"
+            raise ValueError(f"tokens: got {got}, expected {expected}")
         if cache is not None and len(tokens) != len(cache.rows):
             raise ValueError(f"tokens: got {len(tokens)} rows, expected the {len(cache.rows)} of the cache")
         if used:

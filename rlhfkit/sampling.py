@@ -88,10 +88,12 @@ def _log_table(policy: Any, reads: int) -> Tensor | None:
     """Log-probabilities at all rows of a tabular policy, (P M + 1, V), if there are fewer of them than reads.
 
     A large batch reads a row many times: to normalise the table before is then less work than all that was read after.
+    Every row must be a distribution: one of -inf alone has a gradient of nan, even if nobody reads it. A subclass may
+    read its table otherwise, and is asked position by position.
     """
-    if not isinstance(policy, TabularPolicy) or reads <= (last := policy.table[..., 0].numel()):
+    if type(policy) is not TabularPolicy or reads <= (last := policy.table[..., 0].numel()):
         return None
-    logits = policy.unembed(torch.arange(last + 1, device=policy.table.device))
+    logits = policy.unembed(torch.arange(last + 1, device=policy.table.device).unsqueeze(0))[0]
     return log_softmax(_at_least_float32(logits)).contiguous()  # row by row in memory, as it is read
 
 
@@ -150,7 +152,8 @@ def sample(
         temperature: of the distribution drawn from, positive; here and below as in :func:`truncate_logits`.
         top_k: keep the k most probable tokens; 1 is greedy.
         top_p: keep the most probable tokens that hold p together.
-        use_cache: keep keys and values of earlier tokens where the policy can; the result is the same.
+        use_cache: let the policy remember earlier tokens where it can (keys and values, or the row of a table); the
+            result is the same.
 
     Returns:
         A rollout of B responses with T columns; no gradient flows into it.
@@ -205,9 +208,9 @@ def response_logprobs(policy: Policy, prompts: Tensor, tokens: Tensor, temperatu
     Raises:
         ValueError: if the shapes do not fit, or ``temperature`` is not positive.
     """
-    if prompts.ndim != 2 or tokens.ndim != 2 or len(prompts) != len(tokens):
+    if prompts.ndim != 2 or tokens.ndim != 2 or len(prompts) != len(tokens) or not prompts.shape[1]:
         got = f"{tuple(prompts.shape)}, {tuple(tokens.shape)}"
-        raise ValueError(f"prompts, tokens: got shapes {got}, expected (B, L0), (B, T)")
+        raise ValueError(f"prompts, tokens: got shapes {got}, expected (B, L0), (B, T), L0 at least 1")
     require_in("temperature", temperature, 0, open_low=True)
     sequences, last = torch.cat([prompts, tokens], dim=1), prompts.shape[1] - 1  # the response is predicted from here
     log_table = _log_table(policy, tokens.numel()) if temperature == 1 else None

@@ -80,6 +80,14 @@ def test_a_cache_takes_up_where_the_tokens_before_ended(TabularPolicy=TabularPol
         assert [cache.used for cache in caches] == [4, 4]
 
 
+def test_a_cache_keeps_its_prompts_when_the_tensor_of_tokens_is_used_again(TabularPolicy=TabularPolicy):
+    policy, tokens = marked(TabularPolicy), torch.tensor([[1]])
+    cache = policy.new_cache(1, 4)
+    policy.hidden(tokens, cache)
+    tokens.fill_(0)
+    assert policy.hidden(tokens, cache).tolist() == [[8]]
+
+
 def test_a_cache_refuses_another_batch_and_tokens_after_the_last(TabularPolicy=TabularPolicy):
     policy, tokens = marked(TabularPolicy), torch.tensor([[0, 1, 0, 1], [1, 0, 1, 1]])
     cache = policy.new_cache(2, 4)
@@ -87,7 +95,7 @@ def test_a_cache_refuses_another_batch_and_tokens_after_the_last(TabularPolicy=T
     raises(ValueError, lambda: policy.hidden(torch.tensor([[0], [2]]), cache), "tokens", "[0, 2]", "[0, 1]")
     policy.hidden(tokens[:, :3], cache)
     raises(ValueError, lambda: policy.hidden(tokens[:1, 3:], cache), "tokens", "1 rows", "2")
-    raises(ValueError, lambda: policy.hidden(tokens[:, 2:], cache), "tokens", "(2, 2) after 3", "L <= 1")
+    raises(ValueError, lambda: policy.hidden(tokens[:, 2:], cache), "tokens", "(2, 2) after 3", "at most 4 together")
     assert policy.hidden(tokens[:, 3:], cache).equal(policy.hidden(tokens)[:, 3:])  # no refused token was taken in
 
 
@@ -177,8 +185,9 @@ PLANTED = {
         "one row for all prompts": edited(TabularPolicy, ("prompts.unsqueeze(1) * count", "0 * prompts.unsqueeze(1)")),
         "sees one token ahead": edited(TabularPolicy, ("tokens.unbind(1)", "tokens.roll(-1, 1).unbind(1)")),
         "a cache forgets its tokens": edited(
-            TabularPolicy, ("cache.rows, cache.used = prompts, rows[:, -1]", "_, cache.used = prompts, 0")
+            TabularPolicy, ("cache.rows, cache.used = prompts.clone(), rows[:, -1]", "_, cache.used = prompts, 0")
         ),
+        "a cache shares its prompts": edited(TabularPolicy, ("prompts.clone()", "prompts")),
         "a cache forgets its prompts": edited(TabularPolicy, ("cache.prompts, cache.rows,", "_, cache.rows,")),
         "a cache remembers its first row": edited(TabularPolicy, ("rows[:, -1], cache.used", "rows[:, 0], cache.used")),
         "a cache counts pieces": edited(TabularPolicy, ("cache.used + tokens.shape[1]", "cache.used + 1")),
@@ -187,10 +196,11 @@ PLANTED = {
         ),
         "a cache of another batch is read": edited(TabularPolicy, ("len(tokens) != len(cache.rows)", "False")),
         "a cache goes on after the last token": edited(
-            TabularPolicy, ("tokens.shape[1] <= self.max_length + 1 - used:", "tokens.shape[1] <= self.max_length + 1:")
+            TabularPolicy, ("tokens.shape[1] <= limit - used:", "tokens.shape[1] <= limit:")
         ),
         "nothing is checked before a cache": edited(
-            TabularPolicy, ("        if used:\n", "        if cache is not None:\n")
+            TabularPolicy,
+            ("        if used:\n            return\n", "        if cache is not None:\n            return\n"),
         ),
         "table not copied": edited(TabularPolicy, ("table.detach().clone()", "table.detach()")),
         "last row read after a full response": edited(

@@ -159,7 +159,7 @@ def test_response_logprobs_carry_the_score_function_whose_mean_is_zero(response_
 
 def test_response_logprobs_refuse_shapes_that_do_not_fit(response_logprobs=response_logprobs):
     policy = policy_of()
-    for prompts, tokens in (((2, 1), (3, 2)), ((2,), (2, 2)), ((2, 1), (2,))):
+    for prompts, tokens in (((2, 1), (3, 2)), ((2,), (2, 2)), ((2, 1), (2,)), ((2, 0), (2, 2)), ((40, 0), (40, 3))):
         zeros = [torch.zeros(shape, dtype=torch.long) for shape in (prompts, tokens)]
         raises(ValueError, lambda z=zeros: response_logprobs(policy, *z), "prompts", "tokens", str(tokens))
 
@@ -386,6 +386,26 @@ def test_sample_reads_a_table_that_was_normalised_once(sample=sample):
             assert other.tokens.equal(rollouts[0].tokens) and other.response_mask.equal(rollouts[0].response_mask)
             close(other.logprobs, rollouts[0].logprobs, atol=1e-14, rtol=0)
             close(other.sampling_logprobs, rollouts[0].sampling_logprobs, atol=1e-14, rtol=0)
+
+
+def test_a_table_that_is_read_in_another_way_is_asked_at_every_position(
+    sample=sample, response_logprobs=response_logprobs
+):
+    class Backwards(TabularPolicy):
+        def unembed(self, hidden):
+            return super().unembed(hidden).flip(-1)
+
+        def hidden(self, tokens, cache=None):
+            return super().hidden(tokens, cache).remainder(7)
+
+    policy = Backwards(3, 3, 2, policy_of().table)
+    prompts = torch.arange(2).repeat(50).unsqueeze(1)
+    rollout = sample(policy, prompts, 3, generator=generator())
+    again = response_logprobs(policy, prompts, rollout.tokens)
+    sequences = torch.cat([prompts, rollout.tokens], 1)
+    expected = policy.logits(sequences)[:, :-1].log_softmax(-1).gather(-1, rollout.tokens.unsqueeze(-1)).squeeze(-1)
+    close(rollout.logprobs, expected)
+    close(again, expected)
 
 
 def test_many_responses_have_the_log_probabilities_of_each_alone(response_logprobs=response_logprobs):
@@ -646,6 +666,7 @@ PLANTED = {
         "a table read a token late": edited(
             response_logprobs, ("(sequences)[:, last:-1]", "(sequences)[:, last + 1 :]")
         ),
+        "prompts of no token go through": edited(response_logprobs, (" or not prompts.shape[1]", "")),
         "a table without gradient": edited(
             response_logprobs, ("log_table.flatten()", "(log_table.detach() + 0 * log_table).flatten()")
         ),
