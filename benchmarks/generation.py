@@ -140,8 +140,8 @@ def transformers_generate(shape: str) -> Callable[[], float]:
     return timed(run)
 
 
-def by_length(rounds: int, half: bool) -> None:
-    """Seconds of T new tokens, batch 64, and the cost of one step fitted as a + b * length."""
+def by_length(rounds: int, half: bool) -> float:
+    """Seconds of T new tokens, batch 64, and the cost of one step fitted as a + b * length; returns a."""
     import torch
 
     name = "bf16" if half else "fp32"
@@ -161,14 +161,20 @@ def by_length(rounds: int, half: bool) -> None:
     print(f"{name}: step = {1e3 * a.item():.2f} ms + {1e6 * b.item():.1f} us * length")
     ratios = [two / one for one, two in zip(times[64], times[128], strict=True)]
     print(f"{name}: 128 tokens / 64 tokens {describe(ratios)} (aim: at most 2.2)", flush=True)
+    return a.item()
 
 
-def reading_the_cache() -> None:
-    """The rate at which what attention has to read in every step can be added up, where it fits into a cache or not."""
+def reading_the_cache(fixed: float) -> None:
+    """The rate at which fp32 keys and values can be added up, and what 128 tokens would cost over 64 at that rate.
+
+    ``fixed``: seconds of a step that do not depend on the length.
+    """
+    import numpy as np
     import torch
 
     layers, width, heads, _, _ = SHAPES["small"]
-    for length in (32, 64, 96, 128, 160, 320):  # filled part of a cache with room for a prompt more
+    lengths, reads = (16, 48, 80, 112, 144, 288), []
+    for length in lengths:  # filled part of a cache with room for a prompt more
         whole = torch.randn(2 * layers, BATCH["small"], heads, length + PROMPT, width // heads)
         cut = whole[:, :, :, :length]
         run = timed(lambda x=cut: [part.sum() for part in x])
@@ -176,6 +182,9 @@ def reading_the_cache() -> None:
         seconds, size = statistics.median(run() for _ in range(15)), cut.numel() * cut.element_size()
         rate, per_position = size / seconds / 1e9, 1e6 * seconds / length
         print(f"reading {length} positions, {size / 1e6:.0f} MB: {rate:.1f} GB/s, {per_position:.1f} us a position")
+        reads.append(seconds)
+    one, two = (fixed * new + np.interp(np.arange(PROMPT, PROMPT + new), lengths, reads).sum() for new in (64, 128))
+    print(f"fp32: 128 tokens / 64 tokens if attention cost no more than that: {two / one:.2f}", flush=True)
 
 
 def without_cache(rounds: int) -> None:
@@ -205,9 +214,9 @@ def main() -> None:
         if peer:
             peer.close()
     if "length" in parts:
-        for half in (False, True):
-            by_length(arguments.rounds, half)
-        reading_the_cache()
+        fixed = by_length(arguments.rounds, half=False)
+        by_length(arguments.rounds, half=True)
+        reading_the_cache(fixed)
     if "cache" in parts:
         without_cache(min(arguments.rounds, 2))
 
